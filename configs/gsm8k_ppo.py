@@ -1,0 +1,77 @@
+"""PPO on GSM8K's problems, scored by a reward model or by the exact answer.
+
+    python -m realjax.cli.train --config=configs/gsm8k_ppo.py \
+        --config.paths.folder=FOLDER --config.paths.policy=runs/gsm8k/sft/export/policy \
+        --config.paths.reward=runs/gsm8k/reward_model/export/reward \
+        --workdir=runs/gsm8k/ppo
+    python -m realjax.cli.train --config=configs/gsm8k_ppo.py:exact …   (no reward model)
+    python -m realjax.cli.train --config=configs/gsm8k_ppo.py:debug
+
+FOLDER holds prompts.jsonl with {prompt, answer}; the answer is the final number. The
+last 256 prompts are held out.
+"""
+
+from ml_collections import ConfigDict
+
+from realjax.algorithms.ppo import PPO
+from realjax.core.config import config_dict
+from realjax.data.datasets import DataConfig
+from realjax.functions.optimizer import OptimizerConfig
+from realjax.functions.role import RoleConfig
+from realjax.functions.score import RewardFunction
+from realjax.rl.sampling import Sampling
+from realjax.runtime.run import RunConfig
+from realjax.testing import TINY
+
+EXACT = RewardFunction(fn="realjax.data.verifiers:exact_answer")
+CALLS = ("rollout", "reward", "reference", "values", "train_policy", "train_critic")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    is_exact = arg == "exact"
+    policy = OptimizerConfig(learning_rate=1e-4, schedule="constant")
+    critic = OptimizerConfig(learning_rate=3e-4, schedule="constant")
+    critic_path = "{policy}" if is_exact else "{reward}"
+    roles = {
+        "policy": RoleConfig(path="{policy}", optimizer=policy),
+        "reference": RoleConfig(path="{policy}"),
+        "critic": RoleConfig(path=critic_path, optimizer=critic),
+    }
+    if not is_exact:
+        roles["reward"] = RoleConfig(path="{reward}")
+    config = config_dict(
+        RunConfig(
+            algorithm="ppo",
+            roles=roles,
+            data=DataConfig(
+                path="{folder}/prompts.jsonl",
+                kind="prompts",
+                max_prompt_length=128,
+                batch_size=32,
+                held_out=256,
+            ),
+            steps=30,
+            allocations=dict.fromkeys(CALLS, ""),
+        )
+    )
+    config.hp = config_dict(
+        PPO(
+            sampling=Sampling(top_k=50, max_new_tokens=128),
+            rewards=(EXACT,) if is_exact else (),
+            truncated_score="keep",
+            minibatches=2,
+        )
+    )
+    config.paths = ConfigDict({"folder": "", "policy": "", "reward": ""})
+    if arg == "debug":
+        config.corpus = "reviews"
+        config.cpu_devices = 8
+        for role in config.roles.values():
+            role.path = ""
+            role.tokenizer = "{workdir}/data/tokenizer"
+            role.model = TINY
+        config.data.path = "{workdir}/data/prompts_train.jsonl"
+        config.data.batch_size = config.data.held_out = 16
+        config.hp.sampling.max_new_tokens = 16
+        config.steps = 3
+    return config

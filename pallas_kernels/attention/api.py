@@ -1,0 +1,107 @@
+"""The attention functions models call, and the choice of an implementation."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention import reference
+
+Implementation = Literal["dense", "blocked"]
+
+# Rows longer than this are attended block by block: the scores of a dense row take
+# 4 H T² bytes, forward and again backward.
+LONGEST_DENSE_ROW = 1024
+
+
+def attention(
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B T N K"],
+    value: Float[Array, "B T N K"],
+    *,
+    segment_ids: Int[Array, "B T"],
+    causal: bool = True,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T H K"]:
+    """Attend within the segments of packed rows.
+
+        out_t = sum_s softmax_s(query_t · key_s / sqrt(K)) value_s
+
+    over the s of t's segment, and s <= t if `causal`. Query head h reads key and value
+    head h // (H / N). Scores and their softmax are float32.
+
+    Args:
+        query: of every token.
+        key: of every token.
+        value: of every token.
+        segment_ids: tokens see each other if and only if their ids are equal, padding
+            (0) included, so that every token sees at least itself.
+        causal: tokens see no later ones.
+        implementation: "dense" holds the scores of a row, "blocked" those of a block;
+            None chooses by length.
+
+    Returns:
+        One vector per token and query head, in the query's dtype.
+    """
+    num_tokens = query.shape[1]
+    places = jnp.arange(num_tokens, dtype=jnp.int32)
+    visibility = reference.Visibility(segment_ids, segment_ids, places, places)
+    chosen = _choose(implementation, num_tokens)
+    return chosen(
+        query, key, value, visibility, causal=causal, keys=reference.TOKEN_MAJOR
+    )
+
+
+def cached_attention(
+    query: Float[Array, "B T H K"],
+    keys: Float[Array, "B N S K"],
+    values: Float[Array, "B N S K"],
+    *,
+    start: Int[Array, ""],
+    first_slot: Int[Array, " B"],
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T H K"]:
+    """Attend from the T tokens at slots `start` to `start + T` to a cache.
+
+    Key slot j is visible to the token at slot i of sequence b if and only if
+    first_slot[b] <= j <= i. The outputs of tokens before the first slot are finite and
+    mean nothing.
+
+    Args:
+        query: of the new tokens; their keys and values are in the cache already.
+        keys: of every slot.
+        values: of every slot.
+        start: slot of the first query.
+        first_slot: slot of each sequence's first token.
+        implementation: as in `attention`.
+
+    Returns:
+        One vector per new token and query head, in the query's dtype.
+    """
+    num_tokens, num_slots = query.shape[1], keys.shape[2]
+    slots = jnp.arange(num_slots, dtype=jnp.int32)
+    places = jnp.asarray(start, jnp.int32) + jnp.arange(num_tokens, dtype=jnp.int32)
+    visibility = reference.Visibility(
+        query_segments=(places[None, :] >= first_slot[:, None]).astype(jnp.int32),
+        key_segments=(slots[None, :] >= first_slot[:, None]).astype(jnp.int32),
+        query_places=places,
+        key_places=slots,
+    )
+    chosen = _choose(implementation, num_tokens)
+    return chosen(
+        query, keys, values, visibility, causal=True, keys=reference.HEAD_MAJOR
+    )
+
+
+def _choose(implementation: str | None, num_tokens: int):
+    """Return the function of an implementation; by the row's length if None."""
+    if implementation is None:
+        implementation = "dense" if num_tokens <= LONGEST_DENSE_ROW else "blocked"
+    if implementation == "dense":
+        return reference.dense
+    if implementation == "blocked":
+        return reference.blocked
+    raise ValueError(
+        f"Attention has no implementation {implementation!r}; known are 'dense' and"
+        " 'blocked', and None chooses by the length of the row."
+    )

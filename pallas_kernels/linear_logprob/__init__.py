@@ -1,0 +1,6 @@
+"""Log-probabilities and entropies of a linear layer over the vocabulary."""
+
+from pallas_kernels.linear_logprob.api import linear_logprob
+from pallas_kernels.linear_logprob.reference import is_kept, kept_logits, scaled_logits
+
+__all__ = ["is_kept", "kept_logits", "linear_logprob", "scaled_logits"]

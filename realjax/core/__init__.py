@@ -1,0 +1,1 @@
+"""What every floor shares: array names, batches, configs, metrics."""

@@ -1,0 +1,409 @@
+"""Data sets: records of a file, tokenised once, given out as batches.
+
+    kind            arrays of a batch                               rows a record
+    prompt_answer   tokens, completion_mask [B, T], is_truncated    1
+    pairs           the same and pair_weights [B]; better and       2 * max_pairs
+                    worse completions in turn
+    prompts         prompts [B, P]                                  1
+
+The tokens of a sample are those of its prompt, those of its completion, and one
+end-of-sequence token, so that a prompt is always a prefix, whatever the encoding would
+merge at the seam. A completion that was cut has no such token and is marked.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from realjax.core.batch import Batch
+from realjax.data.records import KINDS, Example, load_records, read_examples
+from realjax.data.tokenizer import Tokenizer
+
+__all__ = ["DataConfig", "Dataset", "load_dataset", "load_records"]
+
+_logger = logging.getLogger(__name__)
+
+_WIDTH_MULTIPLE = 8
+_OVERLONG = ("filter", "refuse", "truncate")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Files and how they are read.
+
+    Attributes:
+        path: Training records, .jsonl or .json.
+        valid_path: Held-out records; empty for none.
+        kind: "prompt_answer", "pairs" or "prompts".
+        max_length: Most tokens of prompt, completion and end together.
+        max_prompt_length: Most tokens of a prompt, for the kind "prompts".
+        overlong: What happens to longer records: "filter" leaves them out, "refuse" is
+            an error, "truncate" cuts completions (never prompts: a record whose prompt
+            leaves no room is left out).
+        max_pairs: Most pairs of one prompt in a batch, drawn anew each epoch.
+        batch_size: Records of a training batch.
+        valid_batch_size: Records of a held-out batch; 0 means `batch_size`.
+        valid_limit: Held-out records to use; 0 means all.
+        shuffle: Whether training records are permuted, each epoch differently.
+        length_buckets: Widths that prompt batches may have; none means one width, that
+            of the longest prompt.
+    """
+
+    path: str = ""
+    valid_path: str = ""
+    kind: str = ""
+    max_length: int = 1024
+    max_prompt_length: int = 256
+    overlong: str = "filter"
+    max_pairs: int = 2
+    batch_size: int = 256
+    valid_batch_size: int = 0
+    valid_limit: int = 0
+    shuffle: bool = True
+    length_buckets: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        """Refuses values that no file could be read with."""
+        if self.kind not in ("", *KINDS):
+            raise ValueError(
+                f"`kind` is {self.kind!r}. Needed is one of {list(KINDS)}."
+            )
+        if self.overlong not in _OVERLONG:
+            raise ValueError(
+                f"`overlong` is {self.overlong!r}. Needed is one of {list(_OVERLONG)}."
+            )
+        for name in ("max_length", "max_prompt_length", "max_pairs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}. It must be at least 1."
+                )
+        for name in ("valid_batch_size", "valid_limit"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}. It must be at least 0."
+                )
+        if any(width < 1 for width in self.length_buckets):
+            raise ValueError(
+                f"`length_buckets` is {self.length_buckets}. Widths are at least 1."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """A tokenised record that was kept."""
+
+    index: int
+    prompt: np.ndarray
+    completions: tuple[np.ndarray, ...]
+    is_truncated: tuple[bool, ...]
+    texts: tuple[str, ...]
+    columns: dict[str, Any]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sample."""
+        return len(self.prompt) + max((len(c) for c in self.completions), default=0)
+
+
+class Dataset:
+    """Tokenised records; see the module for the batches they give.
+
+    Attributes:
+        kind: "prompt_answer", "pairs" or "prompts".
+        prompt_width: Width that holds every prompt; for prompts, the widest bucket used.
+        row_width: T, the same for all batches; `prompt_width` for prompts.
+        rows_per_record: Rows that a record takes in a batch.
+        num_left_out: Records of the file that were too long.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        config: DataConfig,
+        *,
+        pad_id: int,
+        seed: int,
+        num_left_out: int = 0,
+    ):
+        if not records:
+            raise ValueError("A data set needs at least one record.")
+        self.kind = config.kind
+        self.num_left_out = num_left_out
+        self.rows_per_record = 2 * config.max_pairs if self.kind == "pairs" else 1
+        self._records = tuple(records)
+        self._pad_id, self._seed = pad_id, seed
+        self._max_pairs = config.max_pairs
+        longest_prompt = max(len(record.prompt) for record in records)
+        self._buckets = tuple(sorted(set(config.length_buckets))) or (
+            _round_up(longest_prompt),
+        )
+        if self.kind == "prompts":
+            self.prompt_width = self._bucket(longest_prompt)
+            self.row_width = self.prompt_width
+        else:
+            self.prompt_width = _round_up(longest_prompt)
+            self.row_width = _round_up(max(record.length for record in records))
+
+    def __len__(self) -> int:
+        """Number of records kept."""
+        return len(self._records)
+
+    def batch(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        epoch: int | Sequence[int] | np.ndarray = 0,
+    ) -> Batch:
+        """Makes a batch of records.
+
+        A record given twice gets further sample indices. `ids` are the numbers of the
+        records in the file, whether or not others were left out.
+
+        Args:
+            indices: Which of the records kept.
+            epoch: Of all or of each; pairs are drawn from (seed, epoch, id).
+        """
+        records = [self._records[int(index)] for index in indices]
+        epochs = np.broadcast_to(epoch, len(records)).tolist()
+        if self.kind == "prompts":
+            return self._prompt_batch(records)
+        if self.kind == "prompt_answer":
+            return self._sample_batch([(record, 0) for record in records])
+        rows, weights = [], []
+        for record, each_epoch in zip(records, epochs, strict=True):
+            pairs = self._draw_pairs(record, each_epoch)
+            rows += [(record, 2 * pair + side) for pair in pairs for side in (0, 1)]
+            weights += [1 / len(pairs)] * (2 * len(pairs))
+        batch = self._sample_batch(rows)
+        batch = batch.with_arrays(pair_weights=np.array(weights, np.float32))
+        return batch.pad_to(self.rows_per_record * len(records))
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        settings = [self.kind, self._seed, self._max_pairs, list(self._buckets)]
+        digest.update(json.dumps([*settings, self.row_width]).encode())
+        for record in self._records:
+            for tokens in (record.prompt, *record.completions):
+                digest.update(len(tokens).to_bytes(8, "little"))
+                digest.update(tokens.tobytes())
+            digest.update(json.dumps([record.index, record.columns]).encode())
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the batches."""
+        return self._fingerprint
+
+    def _bucket(self, length: int) -> int:
+        for width in self._buckets:
+            if width >= length:
+                return width
+        raise ValueError(
+            f"The longest prompt has {length} tokens, the widest of `length_buckets` "
+            f"{list(self._buckets)} is {self._buckets[-1]}. Add a wider one, or lower "
+            "`max_prompt_length`."
+        )
+
+    def _draw_pairs(self, record: Record, epoch: int) -> list[int]:
+        num_pairs = len(record.completions) // 2
+        if num_pairs <= self._max_pairs:
+            return list(range(num_pairs))
+        rng = np.random.default_rng([self._seed, epoch, record.index])
+        return rng.permutation(num_pairs)[: self._max_pairs].tolist()
+
+    def _prompt_batch(self, records: list[Record]) -> Batch:
+        lengths = np.array([len(record.prompt) for record in records], np.int32)
+        width = self._bucket(int(lengths.max(initial=0)))
+        prompts = np.full((len(records), width), self._pad_id, np.int32)
+        for row, record in enumerate(records):
+            prompts[row, : lengths[row]] = record.prompt
+        return Batch.create(
+            {"prompts": prompts},
+            ids=[record.index for record in records],
+            lengths=lengths,
+            columns=_columns(records),
+        )
+
+    def _sample_batch(self, rows: list[tuple[Record, int]]) -> Batch:
+        """Batch of `(record, which completion)`, one a row."""
+        shape = (len(rows), self.row_width)
+        tokens = np.full(shape, self._pad_id, np.int32)
+        mask = np.zeros(shape, bool)
+        lengths = np.zeros(len(rows), np.int32)
+        for row, (record, which) in enumerate(rows):
+            start = len(record.prompt)
+            stop = lengths[row] = start + len(record.completions[which])
+            tokens[row, :start] = record.prompt
+            tokens[row, start:stop] = record.completions[which]
+            mask[row, start:stop] = True
+        records = [record for record, _ in rows]
+        columns = _columns(records)
+        if self.kind == "pairs":
+            for side, name in enumerate(("chosen", "rejected")):
+                columns[name] = [r.texts[which - which % 2 + side] for r, which in rows]
+        else:
+            columns["answer"] = [record.texts[0] for record in records]
+        truncated = [record.is_truncated[which] for record, which in rows]
+        return Batch.create(
+            {
+                "tokens": tokens,
+                "completion_mask": mask,
+                "is_truncated": np.array(truncated, bool),
+            },
+            ids=[record.index for record in records],
+            lengths=lengths,
+            columns=columns,
+        )
+
+
+def load_dataset(
+    config: DataConfig, tokenizer: Tokenizer, *, split: str = "train", seed: int = 0
+) -> Dataset:
+    """Reads, tokenises and checks the records of a file.
+
+    Args:
+        config: Files and limits.
+        tokenizer: Of the models that will read the tokens.
+        split: "train" or "valid".
+        seed: Of the pairs drawn.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A record is malformed, or none is short enough.
+    """
+    paths = {"train": config.path, "valid": config.valid_path}
+    if split not in paths:
+        raise ValueError(f"`split` is {split!r}. Needed is one of {list(paths)}.")
+    field = "path" if split == "train" else "valid_path"
+    if not paths[split]:
+        raise ValueError(f"`data.{field}` is empty. Set it to a .jsonl or .json file.")
+    if not config.kind:
+        raise ValueError(f"`data.kind` is empty. Set it to one of {list(KINDS)}.")
+    path = paths[split]
+    try:
+        examples = read_examples(load_records(path), config.kind, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    records = _tokenise(examples, tokenizer)
+    kept = _keep(records, config, path)
+    num_left_out = len(records) - len(kept)
+    if split == "valid" and config.valid_limit:
+        kept = kept[: config.valid_limit]
+    return Dataset(
+        kept, config, pad_id=tokenizer.pad_id, seed=seed, num_left_out=num_left_out
+    )
+
+
+def _tokenise(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Record]:
+    texts = [text for each in examples for text in (each.prompt, *each.completions)]
+    encoded = iter(tokenizer.encode_batch(texts))
+    # One name for all rows: a field that a record lacks is `None` there.
+    extras = dict.fromkeys(name for each in examples for name in each.extras)
+    records = []
+    for example in examples:
+        prompt = np.array(next(encoded), np.int32)
+        completions = [next(encoded) for _ in example.completions]
+        ended = [_end(ids, tokenizer, is_chat=example.is_chat) for ids in completions]
+        columns = {name: example.extras.get(name) for name in extras}
+        records.append(
+            Record(
+                index=example.index,
+                prompt=prompt,
+                completions=tuple(np.array(ids, np.int32) for ids in ended),
+                is_truncated=(False,) * len(ended),
+                texts=example.texts,
+                columns={**columns, "prompt": example.prompt},
+            )
+        )
+    return records
+
+
+def _end(ids: list[int], tokenizer: Tokenizer, *, is_chat: bool) -> list[int]:
+    """Ends a completion; chat templates write the end, and often a newline after it."""
+    if is_chat:
+        ends = [t for t, token in enumerate(ids) if token in tokenizer.eos_ids]
+        if ends:
+            return ids[: ends[-1] + 1]
+    return [*ids, tokenizer.eos_id]
+
+
+def _keep(
+    records: Sequence[Record], config: DataConfig, path: str
+) -> tuple[Record, ...]:
+    """Applies the length limits; says what it leaves out or cuts."""
+    of_prompts = config.kind == "prompts"
+    name = "max_prompt_length" if of_prompts else "max_length"
+    limit = getattr(config, name)
+    longer = [record for record in records if record.length > limit]
+    if longer and config.overlong == "refuse":
+        raise ValueError(
+            f"{path}: {len(longer)} of {len(records)} records are longer than {name}="
+            f"{limit}; record {longer[0].index} has {longer[0].length} tokens. Raise "
+            f"`{name}`, or set `overlong` to 'filter' or 'truncate'."
+        )
+    cut = config.overlong == "truncate"
+    kept = tuple(k for record in records if (k := _shorten(record, limit, cut=cut)))
+    if not kept:
+        shortest = min(
+            len(r.prompt) + min((len(c) for c in r.completions), default=0)
+            for r in records
+        )
+        what = "prompt" if of_prompts else "record"
+        raise ValueError(
+            f"{path}: every {what} is longer than {name}={limit}: the shortest has "
+            f"{shortest} tokens. Raise `{name}`."
+        )
+    num_cut = sum(any(record.is_truncated) for record in kept)
+    if longer:
+        _logger.warning(
+            "%s: %d of %d records are longer than %s=%d: %d left out, %d cut (without "
+            "an end-of-sequence token).",
+            *(path, len(longer), len(records), name, limit),
+            *(len(records) - len(kept), num_cut),
+        )
+    return kept
+
+
+def _shorten(record: Record, limit: int, *, cut: bool) -> Record | None:
+    """The record within the limit: whole, cut, of fewer pairs, or None."""
+    if record.length <= limit:
+        return record
+    room = limit - len(record.prompt)
+    if room < 1 or not record.completions:
+        return None
+    if cut:
+        return dataclasses.replace(
+            record,
+            completions=tuple(ids[:room] for ids in record.completions),
+            is_truncated=tuple(len(ids) > room for ids in record.completions),
+        )
+    fits = [len(ids) <= room for ids in record.completions]
+    size = 2 if len(fits) > 1 else 1
+    keep = [
+        i
+        for start in range(0, len(fits), size)
+        if all(fits[start : start + size])
+        for i in range(start, start + size)
+    ]
+    if not keep:
+        return None
+    return dataclasses.replace(
+        record,
+        completions=tuple(record.completions[i] for i in keep),
+        is_truncated=tuple(record.is_truncated[i] for i in keep),
+        texts=tuple(record.texts[i] for i in keep),
+    )
+
+
+def _columns(records: Sequence[Record]) -> dict[str, list]:
+    names = records[0].columns if records else ()
+    return {name: [record.columns[name] for record in records] for name in names}
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE

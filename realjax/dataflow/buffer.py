@@ -1,0 +1,89 @@
+"""What the calls of one step have made so far, on the devices that made it.
+
+A key that a call on another mesh needs is sent there once, by the routes of
+reallocation, and stays; keys of the data set go up from the host once a mesh.
+"""
+
+import collections
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from realjax.core.arrays import Array
+from realjax.core.batch import Batch
+from realjax.parallel.allocation import Allocation
+from realjax.parallel.mesh import make_mesh
+from realjax.parallel.sharding import rows_sharding
+from realjax.realloc.transfer import Traffic, move_array
+
+
+class Buffer:
+    """The batch of one step.
+
+    Attributes:
+        ids, samples: of each row, [B]; grow with the completions of a prompt.
+        columns: text and other fields of each row.
+        lengths: tokens of each row, by the key of the tokens.
+        traffic: bytes of keys that moved between meshes.
+        sends: how often each (key, devices) was sent; never above one.
+    """
+
+    def __init__(self, batch: Batch):
+        """Starts from a batch of the data set."""
+        self.ids, self.samples = batch.ids, batch.samples
+        self.columns: Mapping[str, list] = batch.columns
+        self.lengths = {"tokens": batch.lengths, "prompts": batch.lengths}
+        self.traffic = Traffic()
+        self.sends: collections.Counter = collections.Counter()
+        self._made: dict[str, Array | np.ndarray] = {
+            key: value for key, value in batch.arrays.items() if value is not None
+        }
+        self._copies: dict[tuple, Array] = {}
+
+    @property
+    def size(self) -> int:
+        """Rows."""
+        return len(self.ids)
+
+    def __contains__(self, key: str) -> bool:
+        """Whether a call or the data set has given `key`."""
+        return key in self._made
+
+    def put(self, key: str, value: Array | np.ndarray) -> None:
+        """Adds what a call has made."""
+        self._made[key] = value
+
+    def get(self, key: str, allocation: Allocation) -> Array:
+        """The key on the mesh of an allocation, rows split over data and fsdp."""
+        place = (key, allocation.layout_key)
+        if place not in self._copies:
+            value = self._made[key]
+            target = rows_sharding(make_mesh(allocation), value.shape[0])
+            if isinstance(value, jax.Array) and value.sharding.is_equivalent_to(
+                target, value.ndim
+            ):
+                self._copies[place] = value
+            else:
+                self.sends[place] += 1
+                self._copies[place] = move_array(value, target, traffic=self.traffic)
+        return self._copies[place]
+
+    def host(self, key: str) -> np.ndarray:
+        """The key as NumPy, for work on text; waits until it is there."""
+        return np.asarray(self._made[key])
+
+    def repeat(self, count: int) -> None:
+        """Gives every row of the data set `count` completions, in a row."""
+        if count == 1:
+            return
+        size = self.size
+        self.ids = np.repeat(self.ids, count)
+        self.samples = np.tile(np.arange(count, dtype=np.int32), size)
+        self.columns = {
+            name: [value for value in values for _ in range(count)]
+            for name, values in self.columns.items()
+        }
+        for key, value in self._made.items():
+            if key != "prompts" and value.shape[0] == size:
+                self._made[key] = np.repeat(np.asarray(value), count, axis=0)

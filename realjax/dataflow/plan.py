@@ -1,0 +1,127 @@
+"""The execution plan: the allocation of every call, and the rows it takes at a time."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from realjax.core.config import suggest
+from realjax.dataflow.graph import DataflowGraph
+from realjax.functions.function import Generate, Score, Transform
+from realjax.parallel.allocation import Allocation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CallPlan:
+    """Where one call runs.
+
+    Attributes:
+        allocation: devices and strategy.
+        rows: packed rows of a microbatch, or completions of a wave; 0 chooses them
+            from `microbatch_tokens` (all completions in one wave).
+    """
+
+    allocation: Allocation
+    rows: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExecutionPlan:
+    """Every call's allocation; calls of text alone (`Score`) have none.
+
+    Attributes:
+        calls: by name, in the graph's order.
+        microbatch_tokens: tokens of a microbatch where a call does not say its rows.
+    """
+
+    calls: Mapping[str, CallPlan]
+    microbatch_tokens: int
+
+    def num_rows(self, name: str, *, max_rows: int, row_length: int) -> int:
+        """Rows that call `name` takes at a time, a multiple of its data shards.
+
+        Args:
+            name: of the call.
+            max_rows: rows it has in all.
+            row_length: tokens of a row.
+        """
+        plan = self.calls[name]
+        shards = plan.allocation.data * plan.allocation.fsdp
+        rows = plan.rows or max(1, self.microbatch_tokens // row_length)
+        return math.ceil(min(rows, max_rows) / shards) * shards
+
+    def table(self) -> str:
+        """One line a call, for people."""
+        width = max(map(len, self.calls), default=0)
+        return "\n".join(
+            f"{name:<{width}}  {plan.allocation}"
+            + (f"  rows {plan.rows}" if plan.rows else "")
+            for name, plan in self.calls.items()
+        )
+
+    def as_dict(self) -> dict:
+        """Plain values, for JSON."""
+        return {
+            "microbatch_tokens": self.microbatch_tokens,
+            "calls": {
+                name: {"allocation": str(plan.allocation), "rows": plan.rows}
+                for name, plan in self.calls.items()
+            },
+        }
+
+
+def make_plan(
+    graph: DataflowGraph,
+    *,
+    num_devices: int,
+    allocation: str = "",
+    allocations: Mapping[str, str] | None = None,
+    rows: Mapping[str, int] | None = None,
+    microbatch_tokens: int = 2048,
+) -> ExecutionPlan:
+    """The plan that a config asks for.
+
+    Args:
+        graph: whose calls get a place.
+        num_devices: of the machine.
+        allocation: of every call not named below; "" means data over all devices.
+        allocations: by call. A `Transform` follows the first call that reads it.
+        rows: by call; see `CallPlan.rows`.
+        microbatch_tokens: see `ExecutionPlan`.
+
+    Raises:
+        ValueError: a name that is no call, or an allocation that needs more devices.
+    """
+    allocations = {k: v for k, v in (allocations or {}).items() if v}
+    rows = {k: v for k, v in (rows or {}).items() if v}
+    for name in (*allocations, *rows):
+        if name not in graph.calls:
+            raise ValueError(
+                f"The plan names the call {name!r}, which this graph does not "
+                f"have. {suggest(name, graph.calls)}"
+            )
+    default = allocation or f"d{num_devices}"
+    places: dict[str, CallPlan] = {}
+    for name in reversed(graph.order()):  # Readers first.
+        function = graph.calls[name].function
+        if isinstance(function, Score):
+            continue
+        text = allocations.get(name, "")
+        if not text and isinstance(function, Transform):
+            readers = [child for child in graph.children(name) if child in places]
+            text = str(places[readers[0]].allocation) if readers else ""
+        place = Allocation.parse(text or default)
+        _check_devices(name, place, num_devices)
+        places[name] = CallPlan(allocation=place, rows=rows.get(name, 0))
+        if isinstance(function, Generate) and place.stage > 1:
+            raise ValueError(f"Call {name!r} generates and cannot run over stages.")
+    ordered = {name: places[name] for name in graph.order() if name in places}
+    return ExecutionPlan(calls=ordered, microbatch_tokens=microbatch_tokens)
+
+
+def _check_devices(name: str, allocation: Allocation, num_devices: int) -> None:
+    if max(allocation.devices) >= num_devices:
+        raise ValueError(
+            f"Call {name!r} has the allocation {allocation}, and there are "
+            f"{num_devices} devices (0 to {num_devices - 1}). Give it fewer, or run "
+            "where there are more."
+        )

@@ -1,0 +1,151 @@
+"""What can be asked of a role, and which batch keys it reads and writes.
+
+    Generate    sample completions of prompts                     policy
+    Infer       log-probabilities, values or scores of sequences  any role
+    Train       optimizer steps on a loss                         a trained role
+    Transform   arithmetic on the batch alone                     no role
+    Score       Python functions of the text                      no role
+
+These are descriptions: frozen and without arrays. `generate.py`, `infer.py` and
+`train.py` turn one into a compiled program for one allocation.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from realjax.functions.score import RewardFunction
+from realjax.rl.sampling import Sampling
+
+Output = Literal["logprobs", "values", "scores"]
+
+INFERRED: Mapping[Output, tuple[str, ...]] = {
+    "logprobs": ("logprobs",),
+    "values": ("values", "bootstrap_values"),
+    "scores": ("scores",),
+}
+"""What `Infer` writes for each output.
+
+logprobs [B, T] is about token t; values [B, T] that of the state before token t;
+bootstrap_values [B] that of the state after the last token; scores [B] the scalar
+head's output at the last token.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Function:
+    """A function of a role's parameters and a batch.
+
+    Attributes:
+        reads: batch keys it needs. A key that no call writes comes from the data set.
+        writes: batch keys it adds.
+    """
+
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Function):
+    """Samples completions; the batch then holds one row per completion.
+
+    Writes tokens [B, T] (prompt, then completion), completion_mask [B, T] (the
+    end-of-sequence token included), old_logprobs [B, T], is_truncated [B] (no
+    end-of-sequence token within the limit) and, when the sampler filters, kept: the
+    token ids it chose among, which every later log-probability is normalised over.
+    """
+
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    completions_per_prompt: int = 1
+    reads: tuple[str, ...] = ("prompts",)
+    writes: tuple[str, ...] = ("tokens", "completion_mask", "old_logprobs")
+
+    def __post_init__(self):
+        """Completes `writes`; refuses a count below one."""
+        if self.completions_per_prompt < 1:
+            raise ValueError(
+                f"completions_per_prompt is {self.completions_per_prompt}; each prompt "
+                "needs at least 1."
+            )
+        kept = ("kept",) if self.sampling.is_filtered else ()
+        if "is_truncated" not in self.writes:
+            object.__setattr__(self, "writes", (*self.writes, "is_truncated", *kept))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Infer(Function):
+    """A forward pass without gradient.
+
+    Attributes:
+        output: what to compute; see `INFERRED`.
+        temperature: divides the logits, as in the sampler, for "logprobs".
+    """
+
+    output: Output = "logprobs"
+    temperature: float = 1.0
+    reads: tuple[str, ...] = ("tokens",)
+
+    def __post_init__(self):
+        """Fills `writes` from the output."""
+        if not self.writes:
+            object.__setattr__(self, "writes", INFERRED[self.output])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(Function):
+    """Optimizer steps on `loss`: one for each minibatch of each epoch.
+
+    Attributes:
+        loss: `loss(output, batch) -> (Mean, {name: Mean})`. `output` is what `Infer`
+            would give ([M, T], or [M] for scores), `batch` the keys of `reads`, with
+            "entropy" [M, T] added for "logprobs". Rows of padding hold zeros, so every
+            mean needs a mask from the batch.
+        output: what the loss is a function of.
+        minibatches: optimizer steps per epoch over the step's batch.
+        epochs: passes over the step's batch.
+        shuffle: whether minibatches are drawn at random, or follow the batch's order.
+        unit: adjacent rows that belong together (2 for a pair).
+        temperature: divides the logits, as in the sampler, for "logprobs".
+        loss_name: the metric that reports the loss.
+        skip: of a minibatch's mean metrics; where it holds, the update does not happen
+            at all (neither parameters nor moments change).
+    """
+
+    loss: Callable[..., Any]
+    output: Output = "logprobs"
+    minibatches: int = 1
+    epochs: int = 1
+    shuffle: bool = False
+    unit: int = 1
+    temperature: float = 1.0
+    loss_name: str = "loss"
+    skip: Callable[[Mapping[str, Any]], Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transform(Function):
+    """Arithmetic on the batch alone.
+
+    Attributes:
+        fn: `fn(batch) -> (outputs, {name: Mean})`; with a state,
+            `fn(state, batch) -> (state, outputs, {name: Mean})`.
+        state: makes the initial state, which the runtime keeps and saves.
+    """
+
+    fn: Callable[..., Any]
+    state: Callable[[], Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score(Function):
+    """Scores completions by Python functions of their text, in worker processes.
+
+    Attributes:
+        rewards: the functions; the score is the weighted sum.
+        num_workers: processes.
+    """
+
+    rewards: tuple[RewardFunction, ...]
+    num_workers: int = 1
+    reads: tuple[str, ...] = ("tokens", "completion_mask")
+    writes: tuple[str, ...] = ("scores",)

@@ -1,0 +1,71 @@
+"""Infer: a forward pass over the batch, microbatch by microbatch."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from realjax.core.arrays import Array, PyTree
+from realjax.data.packing import Packing
+from realjax.functions import packed
+from realjax.functions.function import INFERRED, Infer
+from realjax.parallel.sharding import rows_sharding
+
+
+class InferProgram:
+    """The compiled form of one `Infer` on one mesh."""
+
+    def __init__(
+        self, spec: Infer, program: packed.ModelProgram, mesh: jax.sharding.Mesh
+    ):
+        """Compiles nothing yet: programs are made at the first call of each shape."""
+        self.spec, self.program, self.mesh = spec, program, mesh
+        self._fill = jax.jit(self._fill_outputs, donate_argnums=1)
+
+    def __call__(
+        self,
+        parameters: PyTree,
+        batch: Mapping[str, Array],
+        packings: Sequence[Packing],
+    ) -> dict[str, Array]:
+        """What the spec asks for, for every sequence of the batch.
+
+        Args:
+            parameters: on this mesh.
+            batch: keys of `spec.reads` on this mesh; tokens [B, T].
+            packings: microbatches that together hold every sequence once.
+
+        Returns:
+            The arrays of `INFERRED[spec.output]`, [B, T] or [B] float32.
+        """
+        size, width = batch["tokens"].shape
+        outputs = {
+            name: jnp.zeros(
+                (size, width) if name in ("logprobs", "values") else (size,),
+                jnp.float32,
+                device=rows_sharding(self.mesh, size),
+            )
+            for name in INFERRED[self.spec.output]
+        }
+        for packing in packings:
+            outputs = self._fill(
+                parameters, outputs, batch, packed.packing_arrays(packing)
+            )
+        return outputs
+
+    def _fill_outputs(self, parameters, outputs, batch, packing):
+        found = packed.forward(
+            parameters,
+            self.program,
+            batch,
+            packing,
+            output=self.spec.output,
+            temperature=self.spec.temperature,
+        )
+        return {
+            name: jax.lax.with_sharding_constraint(
+                value.at[packing["sequences"]].set(found[name], mode="drop"),
+                rows_sharding(self.mesh, value.shape[0]),
+            )
+            for name, value in outputs.items()
+        }

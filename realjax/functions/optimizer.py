@@ -1,0 +1,124 @@
+"""The optimizer of a trained role: AdamW over float32 masters, as an optax chain."""
+
+import dataclasses
+
+import jax
+import optax
+
+from realjax.core.arrays import PyTree
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up, a learning-rate schedule and global-norm clipping.
+
+    Attributes:
+        learning_rate: reached at the end of the warm-up.
+        schedule: "constant", "linear" or "cosine" decay after it.
+        warmup_fraction: share of all optimizer steps that warm up.
+        final_fraction: the last learning rate as a share of the first.
+        beta1, beta2, epsilon: of Adam.
+        weight_decay: decoupled; norms and biases have none.
+        clip_norm: largest global norm of a gradient; 0 turns clipping off.
+    """
+
+    learning_rate: float = 1e-5
+    schedule: str = "cosine"
+    warmup_fraction: float = 0.02
+    final_fraction: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-5
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        """Refuses what no optimizer could do."""
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"schedule is {self.schedule!r}; it is one of {', '.join(SCHEDULES)}."
+            )
+        if self.learning_rate < 0 or not 0 <= self.warmup_fraction <= 1:
+            raise ValueError(
+                f"learning_rate={self.learning_rate} must not be negative and "
+                f"warmup_fraction={self.warmup_fraction} must lie between 0 and 1."
+            )
+
+
+def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
+    """Learning rate by the number of updates already made.
+
+    Update k = 1, 2, … of the warm-up's w has k/w of the full rate, so the first one
+    already learns (ReaL made its first two at a rate of 0 and stretched the decay over
+    a multiple of the run).
+
+    Args:
+        config: the shape of the schedule.
+        num_updates: optimizer steps in the whole run: steps × epochs × minibatches.
+    """
+    warmup = round(config.warmup_fraction * num_updates)
+    decay = max(num_updates - warmup, 1)
+    rate, last = config.learning_rate, config.learning_rate * config.final_fraction
+    after = {
+        "constant": lambda: optax.constant_schedule(rate),
+        "linear": lambda: optax.linear_schedule(rate, last, decay),
+        "cosine": lambda: optax.cosine_decay_schedule(
+            rate, decay, alpha=config.final_fraction
+        ),
+    }[config.schedule]()
+    if warmup == 0:
+        return after
+    rise = optax.linear_schedule(rate / warmup, rate, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(
+    config: OptimizerConfig, num_updates: int
+) -> optax.GradientTransformation:
+    """Clipping, AdamW and the schedule, as one optax chain."""
+    clip = (
+        optax.clip_by_global_norm(config.clip_norm)
+        if config.clip_norm
+        else optax.identity()
+    )
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=_decays),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, num_updates)),
+    )
+
+
+def _decays(parameters: PyTree) -> PyTree:
+    """True for matrices; norms' scales and biases are pulled nowhere."""
+
+    def is_matrix(path, _) -> bool:
+        return path[-1].key not in ("scale", "bias")
+
+    return jax.tree_util.tree_map_with_path(is_matrix, parameters)
+
+
+def state_shardings(
+    optimizer: optax.GradientTransformation,
+    abstract: PyTree,
+    shardings: PyTree,
+    replicated: jax.sharding.Sharding,
+) -> PyTree:
+    """Moments lie as their parameters do; counters are replicated.
+
+    Args:
+        optimizer: whose state is meant.
+        abstract: parameters as `ShapeDtypeStruct`s.
+        shardings: of the parameters.
+        replicated: the sharding of everything that is not shaped like a parameter.
+    """
+    state = jax.eval_shape(optimizer.init, abstract)
+    return optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        state,
+        shardings,
+        transform_non_params=lambda _: replicated,
+    )

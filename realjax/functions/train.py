@@ -1,0 +1,225 @@
+"""Train: gradients of a mean over the whole minibatch, then one optimizer step.
+
+The loss of a microbatch is a sum and a weight, and so is its gradient. Sums are added
+up in float32 over the microbatches and divided once, by the weight of the minibatch:
+the same number however the minibatch was cut.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from realjax.core.arrays import Array, PyTree
+from realjax.data.packing import Packing
+from realjax.functions import optimizer as optimizer_lib
+from realjax.functions import packed
+from realjax.functions.function import Train
+from realjax.models import transformer
+from realjax.parallel.sharding import parameter_shardings, replicated
+from realjax.rl.masking import Mean
+
+
+class TrainState(NamedTuple):
+    """Float32 masters and the optimizer's state, as they lie on the training mesh."""
+
+    parameters: PyTree
+    optimizer: PyTree
+
+
+class TrainProgram:
+    """The compiled form of one `Train` on one mesh."""
+
+    def __init__(
+        self,
+        spec: Train,
+        program: packed.ModelProgram,
+        mesh: jax.sharding.Mesh,
+        config: optimizer_lib.OptimizerConfig,
+        num_updates: int,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+            spec: loss and what it reads.
+            program: the model.
+            mesh: of the call.
+            config: the optimizer.
+            num_updates: optimizer steps in the whole run, for the schedule.
+        """
+        self.spec, self.program, self.mesh = spec, program, mesh
+        self.schedule = optimizer_lib.learning_rate_schedule(config, num_updates)
+        self.optimizer = optimizer_lib.make_optimizer(config, num_updates)
+        axes = transformer.abstract_parameters(program.config)
+        shardings = parameter_shardings(axes, mesh)
+        self._whole = replicated(mesh)
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32),
+            axes,
+            is_leaf=lambda node: hasattr(node, "axes"),
+        )
+        self.shardings = TrainState(
+            shardings,
+            optimizer_lib.state_shardings(
+                self.optimizer, abstract, shardings, self._whole
+            ),
+        )
+        sums = (shardings, self._whole)
+        self._zeros = jax.jit(self._zero_sums, out_shardings=sums)
+        # Without `out_shardings` XLA returns fsdp gradients replicated.
+        self._accumulate = jax.jit(
+            self._add_gradients, donate_argnums=1, out_shardings=sums
+        )
+        self._apply = jax.jit(
+            self._apply_gradients,
+            donate_argnums=(0, 1),
+            out_shardings=(self.shardings, self._whole),
+        )
+        self._measure = jax.jit(self._add_measures, donate_argnums=1)
+
+    def init_optimizer(self, parameters: PyTree) -> TrainState:
+        """Fresh moments beside given masters."""
+        init = jax.jit(self.optimizer.init, out_shardings=self.shardings.optimizer)
+        return TrainState(parameters, init(parameters))
+
+    def __call__(
+        self,
+        state: TrainState,
+        batch: Mapping[str, Array],
+        minibatches: Sequence[Sequence[Packing]],
+    ) -> tuple[TrainState, list[dict[str, Mean]]]:
+        """One optimizer step a minibatch.
+
+        Args:
+            state: consumed; use what is returned.
+            batch: keys of `spec.reads` on this mesh.
+            minibatches: microbatches of each minibatch.
+
+        Returns:
+            The new state, and for each minibatch its means, still on the device: the
+            loss under "loss", the metrics of the loss function, "grad_norm" before
+            clipping, "learning_rate", "skipped" and "nonfinite" (0 or 1).
+        """
+        reports = []
+        for microbatches in minibatches:
+            sums = self._zeros(
+                state.parameters, batch, packed.packing_arrays(microbatches[0])
+            )
+            for packing in microbatches:
+                sums = self._accumulate(
+                    state.parameters, sums, batch, packed.packing_arrays(packing)
+                )
+            state, report = self._apply(state, sums)
+            reports.append(report)
+        return state, reports
+
+    def evaluate(
+        self,
+        parameters: PyTree,
+        batch: Mapping[str, Array],
+        microbatches: Sequence[Packing],
+    ) -> dict[str, Mean]:
+        """The loss and its metrics, without a gradient."""
+        first = packed.packing_arrays(microbatches[0])
+        shapes = jax.eval_shape(self._losses, parameters, batch, first)
+        measures = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype, device=self._whole), shapes
+        )
+        for packing in microbatches:
+            measures = self._measure(
+                parameters, measures, batch, packed.packing_arrays(packing)
+            )
+        return measures
+
+    def _losses(self, parameters, batch, packing) -> dict[str, Mean]:
+        found = packed.forward(
+            parameters,
+            self.program,
+            batch,
+            packing,
+            output=self.spec.output,
+            temperature=self.spec.temperature,
+        )
+        sequences = packed.select_sequences(batch, packing)
+        if "entropy" in found:
+            sequences["entropy"] = found["entropy"]
+        loss, metrics = self.spec.loss(found[self.spec.output], sequences)
+        return {"loss": loss, **metrics}
+
+    def _zero_sums(self, parameters, batch, packing):
+        means = jax.eval_shape(self._losses, parameters, batch, packing)
+        zeros = lambda x: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
+        return jax.tree.map(zeros, parameters), jax.tree.map(zeros, means)
+
+    def _add_gradients(self, parameters, sums, batch, packing):
+        gradient_sum, mean_sums = sums
+
+        def total(parameters):
+            means = self._losses(parameters, batch, packing)
+            return means["loss"].total, means
+
+        gradients, means = jax.grad(total, has_aux=True)(parameters)
+        add = lambda a, b: a + b.astype(jnp.float32)  # noqa: E731
+        return (
+            jax.tree.map(add, gradient_sum, gradients),
+            jax.tree.map(add, mean_sums, means),
+        )
+
+    def _add_measures(self, parameters, measures, batch, packing):
+        found = self._losses(parameters, batch, packing)
+        return jax.tree.map(jnp.add, measures, found)
+
+    def _apply_gradients(self, state: TrainState, sums):
+        gradient_sum, means = sums
+        weight = means["loss"].weight
+        gradients = jax.tree.map(
+            lambda g: g / jnp.where(weight > 0, weight, 1.0), gradient_sum
+        )
+        norm = optax.global_norm(gradients)
+        loss = means["loss"].value()
+        is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        skip = ~is_finite | (weight <= 0)
+        if self.spec.skip is not None:
+            skip |= self.spec.skip({name: mean.value() for name, mean in means.items()})
+        count = optax.tree_utils.tree_get(state.optimizer, "count", filtering=_is_adam)
+        updates, moments = self.optimizer.update(
+            gradients, state.optimizer, state.parameters
+        )
+        new = TrainState(optax.apply_updates(state.parameters, updates), moments)
+        kept = jax.tree.map(lambda old, new: jnp.where(skip, old, new), state, new)
+        return kept, means | {
+            "grad_norm": _single(norm),
+            "learning_rate": _single(self.schedule(count)),
+            "skipped": _single(skip),
+            "nonfinite": _single(~is_finite),
+        }
+
+
+def _is_adam(path: tuple[Any, ...], _: Any) -> bool:
+    """Picks Adam's counter; the schedule holds an equal one."""
+    return any(getattr(k, "tuple_name", "") == "ScaleByAdamState" for k in path)
+
+
+def _single(value: Array) -> Mean:
+    return Mean(jnp.asarray(value, jnp.float32), jnp.float32(1.0))
+
+
+def minibatch_order(
+    size: int, *, unit: int, epochs: int, generator: Any | None
+) -> Iterator[Any]:
+    """Row indices of each epoch: as they stand, or shuffled in whole units.
+
+    Args:
+        size: rows of the batch, a multiple of `unit`.
+        unit: adjacent rows that stay together.
+        epochs: how many orders to give.
+        generator: a NumPy generator, or None to keep the order.
+    """
+    import numpy as np
+
+    rows = np.arange(size).reshape(-1, unit)
+    for _ in range(epochs):
+        order = rows if generator is None else generator.permutation(rows)
+        yield order.reshape(-1)

@@ -1,0 +1,65 @@
+"""The attention layer: projections and rotation around an attention function.
+
+What is attended to, the tokens of a packed row or the slots of a cache, is the
+`attend` function passed in; the layer is the same for both.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from realjax.core.arrays import Array, Float
+from realjax.models import rotary
+from realjax.models.axes import KEY_VALUE, QUERY, Constrain, unconstrained
+from realjax.models.config import ModelConfig
+
+# (query, key, value) -> (output, whatever the caller wants back, such as a cache)
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and without biases.
+
+    Query head h reads key and value head h // (H / N).
+    """
+
+    config: ModelConfig
+    kernel_init: nn.initializers.Initializer
+    output_init: nn.initializers.Initializer
+    dtype: DTypeLike = jnp.float32
+    constrain: Constrain = unconstrained
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], rotation: rotary.Rotation, attend: Attend
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Project, rotate, attend, project back; also return what `attend` did."""
+
+        def project(num_heads: int, name: str) -> Array:
+            return nn.DenseGeneral(
+                (num_heads, self.config.head_dim),
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=self.kernel_init,
+                name=name,
+            )(x)
+
+        query = rotary.rotate(project(self.config.num_heads, "query"), rotation)
+        key = rotary.rotate(project(self.config.num_kv_heads, "key"), rotation)
+        value = project(self.config.num_kv_heads, "value")
+        query = self.constrain(query, QUERY)
+        key = self.constrain(key, KEY_VALUE)
+        value = self.constrain(value, KEY_VALUE)
+        attended, memory = attend(query, key, value)
+        output = nn.DenseGeneral(
+            x.shape[-1],
+            axis=(-2, -1),
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=self.output_init,
+            name="output",
+        )(self.constrain(attended, QUERY))
+        return output, memory

@@ -1,0 +1,25 @@
+"""Logical axes: the names under which models speak of the dimensions of arrays.
+
+A model never names a mesh. It says what each dimension of a parameter or of an
+activation is, and passes activations through a `constrain` function; what a name
+means on a mesh is a table elsewhere.
+"""
+
+from collections.abc import Callable
+
+from realjax.core.arrays import Array
+
+Axes = tuple[str | None, ...]
+Constrain = Callable[[Array, Axes], Array]
+
+RESIDUAL: Axes = ("batch", "length", "embed_act")
+QUERY: Axes = ("batch", "length", "heads", "head_dim")
+KEY_VALUE: Axes = ("batch", "length", "kv_heads", "head_dim")
+MLP: Axes = ("batch", "length", "mlp")
+CACHE: Axes = ("layer", "batch", "kv_heads", "slots", "head_dim")
+
+
+def unconstrained(x: Array, axes: Axes) -> Array:
+    """Return `x` as it is: the `constrain` of a program without a mesh."""
+    del axes
+    return x

@@ -1,0 +1,62 @@
+"""Heads: what is read off the hidden states."""
+
+import jax.numpy as jnp
+
+from realjax.core.arrays import Array, Float, PyTree
+from realjax.models.config import ModelConfig
+
+
+def language_kernel(parameters: PyTree, config: ModelConfig) -> Float[Array, "D V"]:
+    """Return the matrix that scores the vocabulary; the embedding's own if tied.
+
+    Raises:
+        ValueError: if the model has a scalar head.
+    """
+    if config.head != "language":
+        raise ValueError(
+            "This model has a scalar head and cannot score the vocabulary. Load it"
+            " with head='language' if its checkpoint holds a language head."
+        )
+    if config.tie_embeddings:
+        return parameters["embedding"].T
+    return parameters["head"]["kernel"]
+
+
+def logits(
+    parameters: PyTree, config: ModelConfig, hidden: Float[Array, "*B D"]
+) -> Float[Array, "*B V"]:
+    """Score every token of the vocabulary: float32 sums of products in hidden's dtype.
+
+    Holds a float32 [..., V] array; for the log-probabilities of given tokens there is
+    `realjax.rl.logprobs`.
+    """
+    if config.tie_embeddings and config.head == "language":
+        # Contracted as it lies: a transposed copy would cost more than the product.
+        kernel, contracted = parameters["embedding"], 1
+    else:
+        kernel, contracted = language_kernel(parameters, config), 0
+    return jnp.tensordot(
+        hidden,
+        kernel.astype(hidden.dtype),
+        axes=((-1,), (contracted,)),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def scalars(parameters: PyTree, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+    """Return one number per token, in float32: the reward or value head.
+
+    Raises:
+        ValueError: if the model has a language head.
+    """
+    if "score" not in parameters:
+        raise ValueError(
+            "This model has no scalar head. Load it with head='scalar', or make its"
+            " config with head='scalar'."
+        )
+    return jnp.tensordot(
+        hidden,
+        parameters["score"]["kernel"][:, 0].astype(hidden.dtype),
+        axes=((-1,), (0,)),
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,239 @@
+"""Shardings: a table from what a dimension means to the mesh axes that split it.
+
+Models name the dimensions of parameters and activations ("vocab", "heads", …) and
+know no mesh; `AXES` says which mesh axes split each name.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from realjax.core.arrays import Array, PyTree
+from realjax.models.config import ModelConfig
+from realjax.parallel.allocation import Allocation
+
+AXES: Mapping[str, tuple[str, ...]] = {
+    # parameters
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),  # replicated where tensor does not divide it
+    "mlp": ("tensor",),
+    "embed": ("fsdp",),
+    "norm": (),
+    "head_dim": (),
+    "layer": (),
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "embed_act": (),
+    "slots": (),
+}
+"""Mesh axes that split a dimension, by the dimension's name."""
+
+Axes = Sequence[str | None]
+
+
+def parameter_shardings(abstract_tree: PyTree, mesh: Mesh) -> PyTree:
+    """Return the sharding of every parameter.
+
+    Args:
+        abstract_tree: Leaves with `shape` and `axes` (the abstract twin of a model's
+            parameters), or bare tuples of axis names, which are taken to divide.
+        mesh: The mesh of the call.
+
+    Returns:
+        The same tree with `NamedSharding` leaves.
+
+    Raises:
+        ValueError: a dimension that its mesh axes do not divide, other than kv_heads
+            (those are replicated: each tensor part needs the heads its queries use).
+    """
+
+    def leaf_sharding(path: Any, leaf: Any) -> NamedSharding:
+        axes = getattr(leaf, "axes", leaf)
+        shape = getattr(leaf, "shape", None)
+        spec = _parameter_spec(jax.tree_util.keystr(path), shape, axes, mesh)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(
+        leaf_sharding, abstract_tree, is_leaf=_is_abstract_leaf
+    )
+
+
+def constrain_for(
+    mesh: Mesh, *, options: frozenset[str] = frozenset()
+) -> Callable[[Array, Axes], Array]:
+    """Return `constrain(x, axes)`, which pins the sharding of an activation.
+
+    Mesh axes that do not divide a dimension are dropped, the last first: two rows on
+    d2f2 are split over data alone. With the option `sequence`, activations of width
+    "embed_act" are also split over tensor along "length".
+
+    Args:
+        mesh: The mesh of the call.
+        options: The options of its allocation.
+    """
+
+    def constrain(x: Array, axes: Axes) -> Array:
+        if mesh.size == 1:
+            return x
+        spec = _activation_spec(x.shape, axes, mesh, "sequence" in options)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return constrain
+
+
+def rows_sharding(mesh: Mesh, size: int) -> NamedSharding:
+    """Split `size` rows over data and fsdp; replicate them where they do not divide."""
+    axes = AXES["batch"]
+    if size % _num_parts(axes, mesh):
+        return replicated(mesh)
+    return NamedSharding(mesh, _spec([axes], mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Put a whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def bytes_per_device(
+    abstract_tree: PyTree, mesh: Mesh, *, dtype: Any = np.float32
+) -> int:
+    """Count the bytes of parameters that each device of the mesh will hold.
+
+    Args:
+        abstract_tree: Leaves with `shape` and `axes`.
+        mesh: The mesh of the call.
+        dtype: Type of the stored parameters; masters are float32.
+    """
+    leaves = jax.tree.leaves(abstract_tree, is_leaf=_is_abstract_leaf)
+    shardings = jax.tree.leaves(parameter_shardings(abstract_tree, mesh))
+    return sum(
+        math.prod(sharding.shard_shape(tuple(leaf.shape))) * np.dtype(dtype).itemsize
+        for leaf, sharding in zip(leaves, shardings, strict=True)
+    )
+
+
+def check_fit(
+    allocation: Allocation,
+    model_config: ModelConfig,
+    *,
+    batch_rows: int | None = None,
+) -> None:
+    """Check that a model, and the rows of a microbatch, divide over an allocation.
+
+    Key and value heads need not divide: those are replicated over tensor.
+
+    Args:
+        allocation: What the call is given.
+        model_config: The model of the call.
+        batch_rows: Packed rows, or sequences, of one microbatch.
+
+    Raises:
+        ValueError: everything that does not divide, with the sizes that would.
+    """
+    rows_parts = allocation.data * allocation.fsdp
+    needs = [
+        ("tensor", allocation.tensor, "num_heads", model_config.num_heads),
+        ("tensor", allocation.tensor, "mlp_width", model_config.mlp_width),
+        ("tensor", allocation.tensor, "vocab_size", model_config.vocab_size),
+        ("fsdp", allocation.fsdp, "width", model_config.width),
+        ("data × fsdp", rows_parts, "rows of a microbatch", batch_rows or rows_parts),
+    ]
+    problems = [
+        f"{axes}={parts} does not divide {name}={size}"
+        f" (sizes up to {allocation.size} that do: {_divisors(size, allocation.size)})"
+        for axes, parts, name, size in needs
+        if size % parts
+    ]
+    if problems:
+        raise ValueError(
+            f"Allocation {allocation} does not fit: {'; '.join(problems)}. Choose a"
+            " strategy whose parts are equal, or pad the model or the batch."
+        )
+
+
+def _divisors(size: int, largest: int) -> str:
+    return ", ".join(str(n) for n in range(1, largest + 1) if size % n == 0)
+
+
+def _is_abstract_leaf(node: Any) -> bool:
+    """Tell leaves with `axes`, and bare tuples of axis names, from containers."""
+    if hasattr(node, "axes"):
+        return True
+    # A named tuple (an optimizer's state, say) is a container even when empty.
+    return type(node) is tuple and all(n is None or isinstance(n, str) for n in node)
+
+
+def _mesh_axes(name: str | None) -> tuple[str, ...]:
+    if name is None:
+        return ()
+    if name not in AXES:
+        raise ValueError(
+            f"Unknown dimension name {name!r}. Names are: {', '.join(AXES)}. Add it to"
+            " the table in realjax/parallel/sharding.py, or name the dimension None."
+        )
+    return AXES[name]
+
+
+def _num_parts(axes: Sequence[str], mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _spec(dimensions: Sequence[Sequence[str]], mesh: Mesh) -> PartitionSpec:
+    """Write one canonical spec for one layout, so that equal layouts compile once."""
+    entries: list[str | tuple[str, ...] | None] = []
+    for axes in dimensions:
+        split = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+        entries.append(split[0] if len(split) == 1 else split or None)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def _check_rank(what: str, shape: Sequence[int], axes: Axes) -> None:
+    if len(shape) != len(axes):
+        raise ValueError(
+            f"{what} has shape {tuple(shape)} and {len(axes)} axis names"
+            f" {tuple(axes)}. Name every dimension once (None where it has no name)."
+        )
+
+
+def _parameter_spec(
+    path: str, shape: Sequence[int] | None, axes: Axes, mesh: Mesh
+) -> PartitionSpec:
+    dimensions = [_mesh_axes(name) for name in axes]
+    if shape is None:
+        return _spec(dimensions, mesh)
+    _check_rank(f"Parameter {path}", shape, axes)
+    for index, (size, name) in enumerate(zip(shape, axes, strict=True)):
+        parts = _num_parts(dimensions[index], mesh)
+        if size % parts == 0:
+            continue
+        if name != "kv_heads":
+            raise ValueError(
+                f"Parameter {path} of shape {tuple(shape)}: its {name!r} dimension of"
+                f" {size} does not divide over {'×'.join(dimensions[index])}={parts}."
+                " Choose a size that divides it, or pad the model."
+            )
+        dimensions[index] = ()
+    return _spec(dimensions, mesh)
+
+
+def _activation_spec(
+    shape: Sequence[int], axes: Axes, mesh: Mesh, is_sequence_split: bool
+) -> PartitionSpec:
+    _check_rank("An activation", shape, axes)
+    dimensions: list[tuple[str, ...]] = []
+    for size, name in zip(shape, axes, strict=True):
+        split = _mesh_axes(name)
+        if is_sequence_split and name == "length" and "embed_act" in axes:
+            split = ("tensor",)
+        while size % _num_parts(split, mesh):
+            split = split[:-1]
+        dimensions.append(split)
+    return _spec(dimensions, mesh)

@@ -1,0 +1,23 @@
+"""Reallocation: parameters and batches between allocations, never through the host.
+
+Read `routes` first (what moves where, without devices), then `transfer` (which moves
+it), `pieces` (the route that slices and assembles) and `offload` (host memory).
+"""
+
+from realjax.realloc.offload import is_on_host, live_bytes, to_device, to_host
+from realjax.realloc.routes import Layout, Route, route
+from realjax.realloc.transfer import Traffic, move_array, move_batch, reallocate
+
+__all__ = [
+    "Layout",
+    "Route",
+    "Traffic",
+    "is_on_host",
+    "live_bytes",
+    "move_array",
+    "move_batch",
+    "reallocate",
+    "route",
+    "to_device",
+    "to_host",
+]

@@ -1,0 +1,472 @@
+"""Everything a run needs to go on, written so that a kill at any moment loses little.
+
+    <folder>/120/arrays/…         every array of the run, by Orbax
+    <folder>/120/metadata/…       what is not an array, as JSON
+    <folder>/120/files.json       size and checksum of every file above
+    <folder>/130.orbax-checkpoint-tmp/…      being written, or left by a kill
+
+A save copies the arrays to the host, returns, and writes in the background; the folder
+gets its name, in one rename, when all is on disk. So a folder named by a number is
+complete, unless something damaged it later, which the sizes and checksums tell.
+
+Arrays are named by their path in the trees ("policy/layers/mlp/up/kernel") and are
+restored to whatever shardings the caller asks for, exactly, or not at all.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from realjax.core.arrays import PyTree
+from realjax.runtime import manifest, named_arrays
+
+type Arrays = Mapping[str, PyTree]
+type Path = str | os.PathLike[str]
+
+logger = logging.getLogger(__name__)
+
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_WRITTEN_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_NUM_SHOWN = 3
+
+
+class CheckpointError(RuntimeError):
+    """Something about a checkpoint that a person must know."""
+
+
+class NoCheckpointError(CheckpointError):
+    """There is nothing to restore."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """Files of a checkpoint are missing, truncated or changed."""
+
+
+class MismatchedCheckpointError(CheckpointError):
+    """The checkpoint is of another model, optimizer or data type."""
+
+
+class FailedSaveError(CheckpointError):
+    """A checkpoint could not be written; the earlier ones stand."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save; of several rules, any. 0 turns a rule off.
+
+    Attributes:
+        every_steps: whenever the step is a multiple of it.
+        every_minutes: when that long has passed since the last save.
+        every_epochs: at the end of epochs whose number is a multiple of it.
+        keep: complete checkpoints that stay; older ones are deleted.
+        export: whether each save also writes Hugging Face folders.
+    """
+
+    every_steps: int = 0
+    every_minutes: float = 0.0
+    every_epochs: int = 0
+    keep: int = 2
+    export: bool = True
+
+    def __post_init__(self):
+        """Refuses what cannot be meant."""
+        for name in ("every_steps", "every_minutes", "every_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; 0 turns it off.")
+        if self.keep < 1:
+            raise ValueError(f"keep is {self.keep}; at least 1 checkpoint must stay.")
+
+    def is_due(
+        self,
+        *,
+        step: int,
+        epoch: int = 0,
+        is_epoch_end: bool = False,
+        minutes_since_save: float = 0.0,
+    ) -> bool:
+        """Whether to save after `step`.
+
+        Args:
+            step: steps done, from 1.
+            epoch: epochs done when `is_epoch_end`, from 1.
+            is_epoch_end: whether the step ended an epoch.
+            minutes_since_save: since the last save, or since the start.
+        """
+        return bool(
+            (self.every_steps and step % self.every_steps == 0)
+            or (self.every_minutes and minutes_since_save >= self.every_minutes)
+            or (self.every_epochs and is_epoch_end and epoch % self.every_epochs == 0)
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restored:
+    """A checkpoint that was read.
+
+    Attributes:
+        step: which.
+        arrays: the trees that were asked for.
+        metadata: what was saved beside them.
+    """
+
+    step: int
+    arrays: dict[str, PyTree]
+    metadata: dict[str, Any]
+
+
+class Checkpointer:
+    """Saves and restores the arrays and the metadata of a run.
+
+    Every process of a run makes one and calls the same methods. What killed saves left
+    is removed at the start.
+
+    Args:
+        folder: holds one folder per checkpoint.
+        keep: complete checkpoints that stay.
+        read_only: never writes; for those who read the checkpoints of a live run.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False):
+        self.folder = pathlib.Path(folder).absolute()
+        self._keep = keep
+        self._is_writer = not read_only and jax.process_index() == 0
+        self._saving: int | None = None
+        if self._is_writer:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_temporary()
+        self._manager = self._make_manager()
+
+    def save(self, step: int, arrays: Arrays, metadata: Mapping[str, Any]) -> bool:
+        """Starts to save; waits for the save before it to end.
+
+        The arrays may be changed, donated or deleted as soon as this returns.
+
+        Args:
+            step: names the checkpoint.
+            arrays: trees of jax arrays, numpy arrays and numbers. Typed keys go in as
+                `jax.random.key_data`.
+            metadata: what JSON can hold.
+
+        Returns:
+            False if the step is saved already.
+
+        Raises:
+            FailedSaveError: this save, or the one before it, could not be written.
+            TypeError: naming a leaf or an entry that cannot be saved.
+        """
+        leaves = named_arrays.flatten(arrays)
+        self.wait()
+        if (self.folder / str(step)).exists():
+            try:
+                self._check_files(step, checksums=False)
+                return False
+            except DamagedCheckpointError as error:
+                self._set_aside(step, error)
+        described = {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()}
+        stored = {name: leaf for name, leaf in leaves.items() if leaf.size > 0}
+        state = {"metadata": _as_json(metadata, "metadata"), "arrays": described}
+        self._saving = step
+        with self._save_errors():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.PyTreeSave(stored),
+                    metadata=ocp.args.JsonSave(state),
+                ),
+                force=True,
+            )
+        return True
+
+    def wait(self) -> None:
+        """Blocks until the save under way is complete.
+
+        Raises:
+            FailedSaveError: if it could not be written.
+        """
+        with self._save_errors():
+            self._manager.wait_until_finished()
+        self._saving = None
+
+    def close(self) -> None:
+        """Waits and frees the threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints on disk, damaged ones included, in order."""
+        if not self.folder.exists():
+            return []
+        names = (path.name for path in self.folder.iterdir() if path.is_dir())
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def latest_step(self) -> int | None:
+        """The last checkpoint whose files are all there with their sizes."""
+        for step in reversed(self.steps()):
+            try:
+                self._check_files(step, checksums=False)
+                return step
+            except DamagedCheckpointError as error:
+                logger.warning("%s It is passed over.", error)
+        return None
+
+    def read_metadata(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays."""
+        return self._read_state(step)["metadata"]
+
+    def read_shapes(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every array, by its path."""
+        return {
+            name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+            for name, (shape, dtype) in self._read_state(step)["arrays"].items()
+        }
+
+    def restore(self, step: int, abstract: Arrays) -> dict[str, PyTree]:
+        """Reads trees of a checkpoint, onto the shardings that are asked for.
+
+        Args:
+            step: which checkpoint.
+            abstract: trees like those that were saved; some of them, if only these are
+                needed. A leaf has a shape and a dtype; with a sharding (also of other
+                devices or another memory kind than when saved) it is read straight to
+                it, without one it becomes a numpy array.
+
+        Raises:
+            NoCheckpointError: there is none of this step.
+            DamagedCheckpointError: naming the file.
+            MismatchedCheckpointError: naming arrays, and both shapes or dtypes.
+        """
+        self._check_files(step, checksums=True)
+        wanted = named_arrays.flatten(abstract)
+        self._check_match(step, list(abstract), wanted)
+        stored = {name: leaf for name, leaf in wanted.items() if np.prod(leaf.shape)}
+        targets = {
+            name: named_arrays.restore_args(leaf) for name, leaf in stored.items()
+        }
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.PyTreeRestore(
+                        {
+                            name: named_arrays.blank(leaf)
+                            for name, leaf in stored.items()
+                        },
+                        restore_args=targets,
+                        partial_restore=True,
+                    )
+                ),
+            )
+        except Exception as error:
+            raise DamagedCheckpointError(
+                f"The checkpoint {self.folder / str(step)} cannot be read: "
+                f"{type(error).__name__}: {str(error)[:300]}"
+            ) from error
+        found = dict(restored["arrays"]) if stored else {}
+        for name in wanted.keys() - stored.keys():
+            found[name] = named_arrays.without_elements(wanted[name])
+        return named_arrays.unflatten(abstract, found)
+
+    def restore_latest(
+        self, abstract: Arrays | Callable[[dict[str, Any]], Arrays]
+    ) -> Restored:
+        """Reads the last checkpoint that can be read.
+
+        One that is damaged is named in the log, renamed to `damaged-<step>`, and the
+        one before it is read.
+
+        Args:
+            abstract: as for `restore`, or a function that makes it from the metadata.
+
+        Raises:
+            NoCheckpointError: there is none, or each is damaged.
+            MismatchedCheckpointError: the last one is of another model.
+        """
+        damaged: dict[int, DamagedCheckpointError] = {}
+        for step in reversed(self.steps()):
+            try:
+                metadata = self.read_metadata(step)
+                trees = abstract(metadata) if callable(abstract) else abstract
+                arrays = self.restore(step, trees)
+            except DamagedCheckpointError as error:
+                damaged[step] = error
+                continue
+            for other, error in damaged.items():
+                self._set_aside(other, error)
+            logger.info("Restored step %d from %s.", step, self.folder)
+            return Restored(step=step, arrays=arrays, metadata=metadata)
+        reasons = "".join(f"\n  {error}" for error in damaged.values())
+        raise NoCheckpointError(
+            f"There is no complete checkpoint in {self.folder}.{reasons}"
+        )
+
+    def discard_after(self, step: int) -> None:
+        """Deletes later checkpoints: a run goes on from `step` by choice."""
+        self.wait()
+        for later in self.steps():
+            if later > step and self._is_writer:
+                shutil.rmtree(self.folder / str(later))
+        self._manager.reload()
+
+    # Below: files.
+
+    def _make_manager(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                create=False,
+                max_to_keep=self._keep,
+                save_root_metadata=False,
+                read_only=not self._is_writer and jax.process_count() == 1,
+                # Called by process 0 between the last file and the rename.
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=self._write_manifest
+                ),
+            ),
+        )
+
+    def _remove_temporary(self) -> None:
+        for path in self.folder.glob(f"*{_TEMPORARY}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _write_manifest(self) -> None:
+        (folder,) = self.folder.glob(f"{self._saving}{_TEMPORARY}*")
+        manifest.write(folder, leave_out=_WRITTEN_LATER)
+
+    def _check_files(self, step: int, *, checksums: bool) -> None:
+        folder = self.folder / str(step)
+        if not folder.exists():
+            found = ", ".join(map(str, self.steps())) or "none"
+            raise NoCheckpointError(
+                f"There is no checkpoint of step {step} in {self.folder}; steps there: "
+                f"{found}."
+            )
+        if damage := manifest.find_damage(folder, checksums=checksums):
+            raise DamagedCheckpointError(damage)
+
+    def _read_state(self, step: int) -> dict[str, Any]:
+        self._check_files(step, checksums=False)
+        path = self.folder / str(step) / "metadata" / "metadata"
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpointError(f"{path} is damaged: {error}.") from error
+
+    def _set_aside(self, step: int, error: DamagedCheckpointError) -> None:
+        """Renames a damaged checkpoint, so that it counts no more."""
+        target = self.folder / f"damaged-{step}"
+        logger.warning("%s The checkpoint is now %s.", error, target)
+        if self._is_writer:
+            shutil.rmtree(target, ignore_errors=True)
+            (self.folder / str(step)).rename(target)
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _save_errors(self) -> Iterator[None]:
+        """Turns what Orbax raises into `FailedSaveError`, and makes it usable again."""
+        try:
+            yield
+        except Exception as error:
+            step, self._saving = self._saving, None
+            # Closing the manager would raise the same error again.
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            if self._is_writer:
+                self._remove_temporary()
+            self._manager = self._make_manager()
+            raise FailedSaveError(self._explain(step, error)) from error
+
+    def _explain(self, step: int | None, error: Exception) -> str:
+        latest = self.latest_step()
+        stands = (
+            "There is no earlier one."
+            if latest is None
+            else f"The checkpoint of step {latest} is complete and stays."
+        )
+        if _is_full_disk(error):
+            free = shutil.disk_usage(self.folder).free / 2**30
+            return (
+                f"The disk of {self.folder} is full: the checkpoint of step {step} "
+                f"could not be written ({free:.2f} GiB are free now). {stands} Free "
+                "some space, or keep fewer checkpoints."
+            )
+        return (
+            f"The checkpoint of step {step} could not be written to {self.folder}: "
+            f"{type(error).__name__}: {str(error)[:300]} {stands}"
+        )
+
+    def _check_match(
+        self, step: int, trees: list[str], wanted: Mapping[str, Any]
+    ) -> None:
+        there = self.read_shapes(step)
+        there = {name: x for name, x in there.items() if name.split("/")[0] in trees}
+        problems = [
+            f"{name} is {x.dtype}{list(x.shape)} here and "
+            f"{there[name].dtype}{list(there[name].shape)} there"
+            for name, x in wanted.items()
+            if name in there
+            and (x.shape, x.dtype) != (there[name].shape, there[name].dtype)
+        ]
+        problems += [f"{name} is not there" for name in wanted if name not in there]
+        problems += [f"{name} is only there" for name in there if name not in wanted]
+        if problems:
+            shown = "".join(f"\n  {problem}" for problem in problems[:_NUM_SHOWN])
+            more = len(problems) - _NUM_SHOWN
+            raise MismatchedCheckpointError(
+                f"The checkpoint {self.folder / str(step)} is of another model or "
+                f"optimizer:{shown}"
+                + (f"\n  and {more} more." if more > 0 else "")
+                + "\nUse the config that it was made with, or another work folder."
+            )
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that there is no room."""
+    while error is not None:
+        for code in (errno.ENOSPC, errno.EDQUOT):
+            # What TensorStore raises has the words and not the number.
+            if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
+                return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _as_json(value: Any, path: str) -> Any:
+    """`value` as JSON will give it back, or an error that names what it cannot hold."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_as_json(item, f"{path}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"{path} has the key {key!r}; JSON would turn it into a string. "
+                    "Use strings."
+                )
+        return {key: _as_json(item, f"{path}.{key}") for key, item in value.items()}
+    raise TypeError(
+        f"{path} is {type(value).__name__}, which JSON cannot hold. Arrays go into "
+        "`arrays`."
+    )

@@ -1,0 +1,177 @@
+"""One model on a mesh, for notebooks and scripts: logits, scores, sampling, saving."""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realjax.core.arrays import Array, Float, Int, PyTree
+from realjax.data.tokenizer import Tokenizer
+from realjax.models import heads, hf, transformer
+from realjax.models.config import ModelConfig
+from realjax.parallel.allocation import Allocation
+from realjax.parallel.mesh import make_mesh
+from realjax.parallel.sharding import (
+    check_fit,
+    constrain_for,
+    parameter_shardings,
+    rows_sharding,
+)
+
+
+class Model:
+    """A model's config and its parameters on the devices of an allocation.
+
+    Attributes:
+        config: sizes and head.
+        parameters: nested dict of arrays.
+        allocation: devices and strategy.
+        dtype: of matrix products.
+        tokenizer: where the folder had one; needed for text only.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: PyTree,
+        *,
+        allocation: Allocation,
+        dtype: str = "float32",
+        tokenizer: Tokenizer | None = None,
+    ):
+        """Holds what it is given; `load` reads a folder."""
+        self.config, self.parameters = config, parameters
+        self.allocation, self.dtype, self.tokenizer = allocation, dtype, tokenizer
+        self.mesh = make_mesh(allocation)
+
+    def logits(
+        self,
+        tokens: Int[np.ndarray | Array, "B T"],
+        segment_ids: Int[np.ndarray | Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Scores of the next token after every position.
+
+        Args:
+            tokens: [B, T] ids.
+            segment_ids: [B, T]; 1, 2, … for the sequences packed in a row, 0 for
+                padding. Without it a row is one sequence.
+
+        Returns:
+            [B, T, V] float32.
+        """
+        tokens = np.asarray(tokens, np.int32)
+        segments = np.ones_like(tokens) if segment_ids is None else segment_ids
+        return self._logits(*self._rows(tokens, segments))[: len(tokens)]
+
+    def scores(
+        self,
+        tokens: Int[np.ndarray | Array, "B T"],
+        lengths: Sequence[int] | Int[np.ndarray | Array, " B"],
+    ) -> Float[Array, " B"]:
+        """The scalar head's output at the last token of every sequence.
+
+        Args:
+            tokens: [B, T] ids, sequences at the left.
+            lengths: tokens of each sequence.
+
+        Returns:
+            [B] float32.
+        """
+        tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
+        segments = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
+        scalars = self._scalars(*self._rows(tokens, segments))
+        return scalars[np.arange(len(tokens)), lengths - 1]
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes a Hugging Face folder, with the tokenizer if there is one."""
+        hf.save(folder, self.config, self.parameters, tokenizer=self.tokenizer)
+
+    def _rows(self, tokens, segment_ids):
+        """Rows on the mesh, padded to a number that divides over it."""
+        shards = self.allocation.data * self.allocation.fsdp
+        segment_ids = np.asarray(segment_ids, np.int32)
+        padding = ((0, -len(tokens) % shards), (0, 0))
+        tokens, segment_ids = np.pad(tokens, padding), np.pad(segment_ids, padding)
+        sharding = rows_sharding(self.mesh, len(tokens))
+        positions = _positions(segment_ids)
+        make = jax.make_array_from_callback
+        return [self.parameters] + [
+            make(x.shape, sharding, lambda index, x=x: x[index])
+            for x in (tokens, positions, segment_ids)
+        ]
+
+    def _hidden(self, parameters, tokens, positions, segment_ids):
+        return transformer.hidden_states(
+            parameters,
+            self.config,
+            tokens,
+            positions,
+            segment_ids,
+            dtype=jnp.dtype(self.dtype),
+            constrain=constrain_for(self.mesh),
+        )
+
+    @functools.cached_property
+    def _logits(self):
+        return jax.jit(
+            lambda parameters, *rows: heads.logits(
+                parameters, self.config, self._hidden(parameters, *rows)
+            )
+        )
+
+    @functools.cached_property
+    def _scalars(self):
+        return jax.jit(
+            lambda parameters, *rows: heads.scalars(
+                parameters, self._hidden(parameters, *rows)
+            )
+        )
+
+
+def load(
+    folder: str | pathlib.Path,
+    allocation: str | Allocation | None = None,
+    dtype: str | None = None,
+) -> Model:
+    """Reads a Hugging Face folder onto devices.
+
+    Args:
+        folder: config.json and safetensors; a tokenizer is read where there is one.
+        allocation: as in "d2t4"; data parallel over all devices by default.
+        dtype: "float32" or "bfloat16"; by default bfloat16 on a GPU.
+
+    Raises:
+        FileNotFoundError: there is no such folder or it holds no model.
+        ValueError: the model or the allocation is not supported.
+    """
+    folder = pathlib.Path(folder)
+    config = hf.read_config(folder)
+    if not isinstance(allocation, Allocation):
+        allocation = Allocation.parse(allocation or f"d{len(jax.devices())}")
+    check_fit(allocation, config)
+    shardings = parameter_shardings(
+        transformer.abstract_parameters(config), make_mesh(allocation)
+    )
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    return Model(
+        config,
+        hf.load(folder, config=config, shardings=shardings),
+        allocation=allocation,
+        dtype=dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32"),
+        tokenizer=Tokenizer.load(folder) if has_tokenizer else None,
+    )
+
+
+def _positions(segment_ids: np.ndarray) -> np.ndarray:
+    """Place of every token in its own segment, from 0."""
+    place = np.arange(segment_ids.shape[1])
+    is_first = np.pad(
+        segment_ids[:, 1:] != segment_ids[:, :-1],
+        ((0, 0), (1, 0)),
+        constant_values=True,
+    )
+    first = np.maximum.accumulate(np.where(is_first, place, 0), axis=1)
+    return (place - first).astype(np.int32)

@@ -1,0 +1,371 @@
+"""A run before its first step: config, data, roles, plan and parameters, all checked.
+
+Everything that can be wrong with a config or a file is found here, before anything
+compiles.
+"""
+
+import dataclasses
+import importlib
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from realjax.core.config import suggest, to_dataclass
+from realjax.data.datasets import DataConfig, Dataset, load_dataset
+from realjax.data.tokenizer import Tokenizer
+from realjax.dataflow.graph import DataflowGraph
+from realjax.dataflow.plan import ExecutionPlan, make_plan
+from realjax.dataflow.schedule import home_places
+from realjax.functions.function import Generate, Infer, Train
+from realjax.functions.role import Role, RoleConfig
+from realjax.models import hf, transformer
+from realjax.models.config import ModelConfig
+from realjax.parallel.sharding import check_fit
+from realjax.runtime.checkpoint import CheckpointConfig
+from realjax.runtime.parameters import ParameterStore
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When the held-out data is measured.
+
+    Attributes:
+        every_steps: 0 means only where the next two say.
+        at_start, at_end: before the first step; after the last.
+        num_samples: completions shown in the log and the report.
+    """
+
+    every_steps: int = 0
+    at_start: bool = True
+    at_end: bool = True
+    num_samples: int = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run.
+
+    Attributes:
+        algorithm: "sft", "reward_model", "ppo", or the dotted name of a user's module.
+        hp: its hyperparameters.
+        roles: by name.
+        data: training and held-out files.
+        steps: of the run; 0 takes them from `epochs`.
+        epochs: passes over the training data.
+        seed: of initial weights, data order, sampling and minibatches.
+        allocation: of every call not named in `allocations`; "" is data parallel over
+            all devices.
+        allocations: by call, as in `allocations.rollout = "t4@0-3"`.
+        allocations_devices: how many devices `allocations` is written for; with fewer
+            it is left aside.
+        rows: by call: packed rows of a microbatch, or completions of a wave.
+        microbatch_tokens: where `rows` does not say; 0 is 2048, or on GPU 16384 times
+            the data shards.
+        evaluation: when held-out data is measured.
+        checkpoint: when and how much is saved.
+        benchmark_steps: stop after so many steps and print medians per call.
+        profile_steps: "3:5" traces steps 3 and 4.
+        max_nonfinite: stop after so many updates skipped for a non-finite gradient.
+        tensorboard: whether to write its event files.
+        wandb_project: Weights & Biases project, when the package is installed.
+    """
+
+    algorithm: str = ""
+    hp: dict[str, Any] = dataclasses.field(default_factory=dict)
+    roles: dict[str, RoleConfig] = dataclasses.field(default_factory=dict)
+    data: DataConfig = DataConfig()
+    steps: int = 0
+    epochs: int = 1
+    seed: int = 0
+    allocation: str = ""
+    allocations: dict[str, str] = dataclasses.field(default_factory=dict)
+    allocations_devices: int = 0
+    rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    microbatch_tokens: int = 0
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    benchmark_steps: int = 0
+    profile_steps: str = ""
+    max_nonfinite: int = 10
+    tensorboard: bool = True
+    wandb_project: str = ""
+
+
+def load_algorithm(name: str) -> types.ModuleType:
+    """The module of an algorithm.
+
+    Args:
+        name: a file of `realjax.algorithms`, or a dotted name of one's own.
+
+    Raises:
+        ValueError: there is no such module, or it is not an algorithm.
+    """
+    path = name if "." in name else f"realjax.algorithms.{name}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name != path:
+            raise
+        import pkgutil
+
+        package = importlib.import_module("realjax.algorithms")
+        known = [info.name for info in pkgutil.iter_modules(package.__path__)]
+        raise ValueError(
+            f"There is no algorithm {name!r}. {suggest(name, known)} One's own is "
+            "given by its dotted module name."
+        ) from None
+    for needed in ("graph", "HYPERPARAMETERS"):
+        if not hasattr(module, needed):
+            raise ValueError(
+                f"Module {path!r} has no `{needed}`; an algorithm has a function "
+                "`graph(hp)` and a dataclass `HYPERPARAMETERS`."
+            )
+    return module
+
+
+def make_graph(config: RunConfig, algorithm: Any = None) -> DataflowGraph:
+    """The graph of a run's algorithm with the run's hyperparameters."""
+    module = algorithm or load_algorithm(config.algorithm)
+    hp = to_dataclass(module.HYPERPARAMETERS, config.hp, path="config.hp")
+    return module.graph(hp)
+
+
+def plan_for(config: RunConfig, graph: DataflowGraph, num_devices: int):
+    """The execution plan of a run on so many devices."""
+    on_cpu = jax.default_backend() == "cpu"
+    fits = num_devices >= config.allocations_devices
+    return make_plan(
+        graph,
+        num_devices=num_devices,
+        allocation=config.allocation,
+        allocations=config.allocations if fits else {},
+        rows=config.rows,
+        microbatch_tokens=config.microbatch_tokens
+        or (2048 if on_cpu else 16384 * num_devices),
+    )
+
+
+def plan(config: Any, cluster: int | None = None) -> ExecutionPlan:
+    """The execution plan that a config would run with.
+
+    Args:
+        config: a run's config.
+        cluster: number of devices; by default those of this machine.
+    """
+    config = to_dataclass(RunConfig, config)
+    return plan_for(config, make_graph(config), cluster or len(jax.devices()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A checked run."""
+
+    config: RunConfig
+    graph: DataflowGraph
+    plan: ExecutionPlan
+    tokenizer: Tokenizer
+    roles: Mapping[str, Role]
+    train_data: Dataset
+    valid_data: Dataset | None
+    width: int
+    steps: int
+
+    @property
+    def optimizer_steps(self) -> dict[str, int]:
+        """Updates in the whole run, by training call."""
+        return {
+            name: self.steps * node.function.minibatches * node.function.epochs
+            for name, node in self.graph.calls.items()
+            if isinstance(node.function, Train)
+        }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What two runs in one folder must share."""
+        return {
+            "algorithm": self.config.algorithm,
+            "data": self.train_data.fingerprint(),
+            "models": {
+                name: dataclasses.asdict(role.model)
+                for name, role in self.roles.items()
+            },
+            "hp": repr(sorted(self.config.hp.items(), key=str)),
+            "seed": self.config.seed,
+        }
+
+
+def prepare(config: RunConfig, algorithm: Any = None) -> Run:
+    """Reads and checks everything a run needs; loads no weights.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: each naming what was found, what was
+            needed and what to do.
+    """
+    graph = make_graph(config, algorithm)
+    for role in graph.roles:
+        if role not in config.roles:
+            raise ValueError(
+                f"The graph uses the role {role!r}, and config.roles has "
+                f"{', '.join(config.roles) or 'none'}. Add config.roles.{role}."
+            )
+    plan = plan_for(config, graph, len(jax.devices()))
+    tokenizer = _one_tokenizer(config, graph)
+    roles = {name: _make_role(name, config, graph, tokenizer) for name in graph.roles}
+    for name, place in plan.calls.items():
+        role = graph.calls[name].role
+        if role is not None:
+            try:
+                check_fit(place.allocation, roles[role].model)
+            except ValueError as error:
+                raise ValueError(f"Call {name!r}, role {role!r}: {error}") from None
+    train_data = load_dataset(config.data, tokenizer, split="train", seed=config.seed)
+    valid_data = None
+    if config.data.valid_path:
+        valid_data = load_dataset(
+            config.data, tokenizer, split="valid", seed=config.seed
+        )
+    graph.require(tuple(train_data.batch([0]).arrays))
+    batch_size = config.data.batch_size
+    steps = config.steps or -(-len(train_data) * config.epochs // batch_size)
+    return Run(
+        config=config,
+        graph=graph,
+        plan=plan,
+        tokenizer=tokenizer,
+        roles=roles,
+        train_data=train_data,
+        valid_data=valid_data,
+        width=_width(graph, roles, [d for d in (train_data, valid_data) if d]),
+        steps=steps,
+    )
+
+
+def load_parameters(run: Run) -> ParameterStore:
+    """Weights of every role, each straight to where it stays."""
+    dtypes = {name: role.dtype for name, role in run.roles.items()}
+    homes = home_places(run.graph, run.plan, dtypes)
+    offloaded = [
+        name
+        for name, role in run.roles.items()
+        if role.config.offload and not role.is_trained
+    ]
+    models = {name: role.model for name, role in run.roles.items()}
+    store = ParameterStore(models, homes, offloaded)
+    for index, (name, role) in enumerate(run.roles.items()):
+        shardings = store.shardings(name, homes[name])
+        key = jax.random.fold_in(jax.random.key(run.config.seed), index)
+        if role.config.path:
+            parameters = hf.load(
+                role.config.path,
+                config=role.model,
+                shardings=shardings,
+                head=role.model.head,
+                key=key,
+            )
+        else:
+            init = jax.jit(
+                transformer.init_parameters, static_argnums=0, out_shardings=shardings
+            )
+            parameters = init(role.model, key)
+        store.set_initial(name, parameters)
+    return store
+
+
+def _one_tokenizer(config: RunConfig, graph: DataflowGraph) -> Tokenizer:
+    """The tokenizer that all roles share."""
+    found: dict[str, Tokenizer] = {}
+    for name in graph.roles:
+        role = config.roles[name]
+        folder = role.tokenizer or role.path
+        if folder:
+            found[name] = Tokenizer.load(folder)
+        else:
+            raise ValueError(
+                f"Role {name!r} has neither a path nor a tokenizer. Set "
+                f"config.roles.{name}.path to a checkpoint's folder, or "
+                f"config.roles.{name}.tokenizer and .model for a new model."
+            )
+    (first, tokenizer), *others = found.items()
+    for name, other in others:
+        if other.fingerprint() != tokenizer.fingerprint():
+            raise ValueError(
+                f"Roles {first!r} and {name!r} have different tokenizers "
+                f"({config.roles[first].tokenizer or config.roles[first].path} and "
+                f"{config.roles[name].tokenizer or config.roles[name].path}). Token ids "
+                "pass between roles as they are, so all roles need one tokenizer."
+            )
+    return tokenizer
+
+
+def _make_role(
+    name: str, config: RunConfig, graph: DataflowGraph, tokenizer: Tokenizer
+) -> Role:
+    role = config.roles[name]
+    head = _needed_head(name, graph)
+    if role.path:
+        model = hf.read_config(role.path)
+        if model.head == "scalar" and head == "language":
+            raise ValueError(
+                f"Role {name!r} needs a language head, and {role.path} holds a model "
+                "with a scalar head (a reward model or critic)."
+            )
+        model = dataclasses.replace(model, head=head)
+    else:
+        sizes = {"vocab_size": tokenizer.vocab_size, "eos_ids": tokenizer.eos_ids}
+        path = f"config.roles.{name}.model"
+        model = to_dataclass(
+            ModelConfig, sizes | role.model | {"head": head}, path=path
+        )
+    if model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"Role {name!r} has a vocabulary of {model.vocab_size} and its tokenizer "
+            f"one of {tokenizer.vocab_size}. They do not belong together."
+        )
+    on_gpu = jax.default_backend() == "gpu"
+    return Role(
+        name=name,
+        config=role,
+        model=model,
+        eos_ids=tokenizer.eos_ids,
+        dtype=role.dtype or ("bfloat16" if on_gpu else "float32"),
+        is_trained=name in graph.trained_roles,
+    )
+
+
+def _needed_head(role: str, graph: DataflowGraph) -> Any:
+    heads = set()
+    for node in graph.of(role):
+        match node.function:
+            case Generate():
+                heads.add("language")
+            case Infer(output=output) | Train(output=output):
+                heads.add("language" if output == "logprobs" else "scalar")
+    if len(heads) != 1:
+        raise ValueError(
+            f"The calls of role {role!r} read both a language and a scalar head; a "
+            "role has one. Use two roles."
+        )
+    return heads.pop()
+
+
+def _width(
+    graph: DataflowGraph, roles: Mapping[str, Role], datasets: list[Dataset]
+) -> int:
+    """T: tokens of the longest sequence that the run can meet, rounded up to 8."""
+    generated = [
+        node.function.sampling.max_new_tokens
+        for node in graph.calls.values()
+        if isinstance(node.function, Generate)
+    ]
+    if not generated:
+        return max(dataset.row_width for dataset in datasets)
+    width = max(dataset.prompt_width for dataset in datasets) + max(generated)
+    for name, role in roles.items():
+        if width > role.model.max_positions:
+            raise ValueError(
+                f"Prompts and completions reach {width} tokens, and role {name!r} was "
+                f"made for {role.model.max_positions}. Lower "
+                "config.data.max_prompt_length or config.hp.sampling.max_new_tokens."
+            )
+    return -(-width // 8) * 8

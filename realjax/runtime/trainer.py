@@ -1,0 +1,397 @@
+"""The trainer: steps, evaluation, checkpoints, metrics, and a clean end.
+
+prepare ──▶ restore or load ──▶ [ step ─▶ metrics ─▶ evaluate? ─▶ save? ]* ──▶ export
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from realjax.core import metrics as metrics_lib
+from realjax.core.arrays import PyTree
+from realjax.core.config import to_dataclass
+from realjax.core.timing import Rate
+from realjax.data.loader import Loader
+from realjax.dataflow.draw import graph_svg
+from realjax.functions.function import Generate
+from realjax.functions.train import TrainState
+from realjax.models import hf
+from realjax.runtime import report
+from realjax.runtime.checkpoint import Checkpointer, claim_workdir
+from realjax.runtime.console import Console
+from realjax.runtime.evaluation import Evaluation, evaluate
+from realjax.runtime.executor import Executor, to_numbers
+from realjax.runtime.model import Model
+from realjax.runtime.profile import Profiler
+from realjax.runtime.run import Run, RunConfig, load_parameters, prepare
+
+WARM_UP_STEPS = 2
+"""Steps that compile; left out of medians."""
+
+
+class NonFiniteError(RuntimeError):
+    """Too many updates were skipped because a loss or gradient was not finite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run leaves behind.
+
+    Attributes:
+        roles: models of every role, on the devices they were trained on.
+        metrics: one array a metric, aligned by "step"; NaN where a step has none.
+        workdir: checkpoints, exports, metrics and report.
+        is_finished: False after Ctrl-C or SIGTERM; the same command goes on.
+    """
+
+    roles: dict[str, Model]
+    metrics: dict[str, np.ndarray]
+    workdir: pathlib.Path
+    is_finished: bool
+
+
+def train(
+    config: RunConfig | ConfigDict,
+    workdir: str | pathlib.Path,
+    *,
+    algorithm: Any = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Runs a config, or goes on with it where the folder already holds the run.
+
+    Args:
+        config: of the run.
+        workdir: folder of its checkpoints, exports, metrics and report.
+        algorithm: module or object with `graph` and `HYPERPARAMETERS`; by default the
+            one that `config.algorithm` names.
+        console: where progress is shown.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: the config or the data is wrong; found
+            before anything compiles.
+        NonFiniteError: training diverged; the last checkpoint is untouched.
+    """
+    run = prepare(to_dataclass(RunConfig, config), algorithm)
+    trainer = Trainer(run, pathlib.Path(workdir), console or Console())
+    try:
+        return trainer.train()
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """One run in one folder."""
+
+    def __init__(self, run: Run, workdir: pathlib.Path, console: Console):
+        """Claims the folder, loads weights or the last checkpoint."""
+        self.run, self.workdir, self.console = run, workdir, console
+        config = run.config
+        self._claim = claim_workdir(workdir, run.fingerprint())
+        self.checkpointer = Checkpointer(
+            workdir / "checkpoints", keep=config.checkpoint.keep
+        )
+        self.loader = Loader(
+            run.train_data,
+            batch_size=config.data.batch_size,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+        )
+        console.print(f"plan\n{run.plan.table()}")
+        self.executor = Executor(
+            run.graph,
+            run.plan,
+            run.roles,
+            load_parameters(run),
+            tokenizer=run.tokenizer,
+            optimizer_steps=run.optimizer_steps,
+            seed=config.seed,
+            width=run.width,
+        )
+        store = self.executor.store
+        for role in run.graph.trained_roles:
+            program = self.executor.train_program(role)
+            store.set_train_state(role, program.init_optimizer(store.at_home(role)))
+        self.step = self.num_nonfinite = 0
+        self.stop_signal: int | None = None
+        self.samples: dict[str, list[dict]] = {}
+        self._restore()
+        self.metrics = self._metrics_writers()
+        self.profiler = Profiler(config.profile_steps, workdir, self.executor)
+
+    def close(self) -> None:
+        """Ends threads and worker processes, gives the folder back."""
+        self.executor.close()
+        self.checkpointer.close()
+        self.metrics.close()
+        self._claim.close()
+
+    # -- the loop ------------------------------------------------------------------
+
+    def train(self) -> TrainResult:
+        """Steps until the end, a signal, or too many updates that are not finite."""
+        config, steps = self.run.config, self.run.steps
+        benchmark = config.benchmark_steps
+        last = min(steps, self.step + benchmark) if benchmark else steps
+        rate = Rate(last)
+        self._saved_seconds = time.monotonic()
+        with self._signals():
+            if self.step == 0:
+                self._warm_up()
+                if config.evaluation.at_start and not benchmark:
+                    self.metrics.write(0, self._evaluate("before training"))
+            while self.step < last and self.stop_signal is None:
+                is_epoch_end, epoch = self._step(rate)
+                minutes = (time.monotonic() - self._saved_seconds) / 60
+                if self.step == last or config.checkpoint.is_due(
+                    step=self.step,
+                    epoch=epoch,
+                    is_epoch_end=is_epoch_end,
+                    minutes_since_save=minutes,
+                ):
+                    self._save()
+            if self.step and self.stop_signal is not None:
+                self._save()
+            self.checkpointer.wait()
+        if self.stop_signal is not None:
+            self.console.print(
+                f"stopped by {signal.Signals(self.stop_signal).name} after step "
+                f"{self.step}; the same command goes on from there"
+            )
+        is_finished = self.step >= steps
+        if is_finished and config.checkpoint.export:
+            self._export()
+        self._finish(benchmark)
+        return TrainResult(
+            roles=self._models(),
+            metrics=metrics_lib.read_metrics(self.workdir / "metrics.jsonl"),
+            workdir=self.workdir,
+            is_finished=is_finished,
+        )
+
+    def _step(self, rate: Rate) -> tuple[bool, int]:
+        """One step; returns whether it ended an epoch, and which epochs are done."""
+        begin = time.perf_counter()
+        batch, epoch, is_epoch_end = self.loader.next_batch()
+        step, timeline = self.step + 1, self.executor.timeline
+        with self.profiler.step(step), self.console.waves() as on_wave:
+            found, buffer = self.executor.run(batch, step=step, on_wave=on_wave)
+            numbers = to_numbers(found)
+            timeline.wait()
+        self.step = step
+        numbers |= self._performance(buffer, time.perf_counter() - begin)
+        numbers |= {
+            f"timing_s/{name}": seconds
+            for name, seconds in timeline.seconds_of_step(step).items()
+        }
+        rate.update(step, tokens=int(numbers["num_tokens"]))
+        self.console.step(step, self.run.steps, epoch, numbers, rate)
+        if self._evaluation_is_due():
+            numbers |= self._evaluate(f"step {step}")
+        self.metrics.write(step, {"epoch": epoch} | numbers)
+        self._check_finite(numbers)
+        return is_epoch_end, epoch
+
+    def _evaluation_is_due(self) -> bool:
+        config = self.run.config
+        if config.benchmark_steps:
+            return False
+        if self.step == self.run.steps:
+            return config.evaluation.at_end
+        every = config.evaluation.every_steps
+        return every > 0 and self.step % every == 0
+
+    def _performance(self, buffer, seconds: float) -> dict[str, float]:
+        tokens = float(sum(np.sum(n) for k, n in buffer.lengths.items() if k in buffer))
+        executor = self.executor
+        return {
+            "num_tokens": tokens,
+            "perf/step_seconds": seconds,
+            "perf/tokens_per_second": tokens / seconds,
+            **executor.traffic.as_dict("realloc/"),
+            **executor.batch_traffic.as_dict("batch/"),
+        }
+
+    def _check_finite(self, numbers: dict[str, float]) -> None:
+        """Counts skipped updates; gives up after the configured number."""
+        bad = sum(v for k, v in numbers.items() if k.split("/")[0] == "nonfinite")
+        if not bad:
+            return
+        self.num_nonfinite += int(bad)
+        self.console.print(
+            f"step {self.step}: {int(bad)} update(s) skipped, loss or gradient not "
+            f"finite ({self.num_nonfinite} of {self.run.config.max_nonfinite} allowed)"
+        )
+        if self.num_nonfinite > self.run.config.max_nonfinite:
+            raise NonFiniteError(
+                f"{self.num_nonfinite} updates had a loss or gradient that was not "
+                f"finite, more than config.max_nonfinite="
+                f"{self.run.config.max_nonfinite}. Lower the learning rate or look at "
+                f"the data; checkpoints up to step {self.checkpointer.latest_step()} "
+                "are untouched."
+            )
+
+    def _warm_up(self) -> None:
+        """Compiles the generation programs of every prompt width before step 1."""
+        data, executor = self.run.train_data, self.executor
+        generates = any(
+            isinstance(node.function, Generate)
+            for node in self.run.graph.calls.values()
+        )
+        if generates and len(data.length_buckets) > 1:
+            executor.compile_prompt_widths(
+                data.length_buckets, self.run.config.data.batch_size
+            )
+
+    def _evaluate(self, when: str) -> dict[str, float]:
+        """Metrics of the held-out data; keeps the first and the last completions."""
+        if self.run.valid_data is None:
+            return {}
+        found: Evaluation = evaluate(self.run, self.executor, self.console, when)
+        if found.samples:
+            self.samples["after" if "before" in self.samples else "before"] = (
+                found.samples
+            )
+        self.console.evaluation(when, found.numbers)
+        return found.numbers
+
+    # -- checkpoints ---------------------------------------------------------------
+
+    def _state(self) -> dict[str, PyTree]:
+        store = self.executor.store
+        states = {
+            role: store.train_state(role)._asdict()
+            for role in self.run.graph.trained_roles
+        }
+        return states | {
+            f"state_{name}": state
+            for name, state in self.executor.transform_states.items()
+        }
+
+    def _save(self) -> None:
+        """Everything the run needs to go on; written while the next steps run."""
+        self.checkpointer.save(
+            self.step,
+            self._state(),
+            {
+                "loader": self.loader.state(),
+                "num_nonfinite": self.num_nonfinite,
+                "plan": self.run.plan.as_dict(),
+                "samples": self.samples,
+            },
+        )
+        self._saved_seconds = time.monotonic()
+
+    def _restore(self) -> None:
+        """The last complete checkpoint, on whatever allocation this run has."""
+        if not self.checkpointer.steps():
+            return
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            self._state(),
+        )
+        found = self.checkpointer.restore_latest(abstract)
+        for role in self.run.graph.trained_roles:
+            state = TrainState(**found.arrays[role])
+            self.executor.store.set_train_state(role, state)
+        for name in self.executor.transform_states:
+            self.executor.transform_states[name] = found.arrays[f"state_{name}"]
+        self.step = found.step
+        self.loader.restore(found.metadata["loader"])
+        self.num_nonfinite = found.metadata["num_nonfinite"]
+        self.samples = found.metadata["samples"]
+        self.console.print(f"resumed from the checkpoint of step {self.step}")
+
+    def _export(self) -> None:
+        """Trained roles as Hugging Face folders."""
+        for role in self.run.graph.trained_roles:
+            hf.save(
+                self.workdir / "export" / role,
+                self.run.roles[role].model,
+                self.executor.store.train_state(role).parameters,
+                tokenizer=self.run.tokenizer,
+            )
+            self.console.print(f"exported {role} to {self.workdir / 'export' / role}")
+
+    # -- around it -----------------------------------------------------------------
+
+    def _metrics_writers(self) -> metrics_lib.Fanout:
+        config = self.run.config
+        lines = metrics_lib.JsonLines(self.workdir / "metrics.jsonl")
+        lines.truncate_after(self.step)
+        writers: list[Any] = [lines]
+        if config.tensorboard:
+            writers.append(metrics_lib.TensorBoard(self.workdir / "tensorboard"))
+        if config.wandb_project:
+            writers.append(
+                metrics_lib.WeightsAndBiases(
+                    config.wandb_project, name=self.workdir.name, folder=self.workdir
+                )
+            )
+        return metrics_lib.Fanout(writers)
+
+    def _models(self) -> dict[str, Model]:
+        store = self.executor.store
+        return {
+            name: Model(
+                role.model,
+                store.at_home(name),
+                allocation=store.homes[name].allocation,
+                dtype=role.dtype,
+                tokenizer=self.run.tokenizer,
+            )
+            for name, role in self.run.roles.items()
+        }
+
+    def _finish(self, benchmark: int) -> None:
+        """Medians of a benchmark, and the report page."""
+        columns = metrics_lib.read_metrics(self.workdir / "metrics.jsonl")
+        if benchmark:
+            self.console.medians(
+                {
+                    name: values[WARM_UP_STEPS:]
+                    for name, values in columns.items()
+                    if name.startswith(("timing_s/", "perf/"))
+                }
+            )
+        page = report.write_report(
+            self.workdir,
+            title=f"{self.run.config.algorithm}: {self.workdir.name}",
+            metrics=columns,
+            timeline=self.executor.timeline,
+            samples_before=self.samples.get("before", []),
+            samples_after=self.samples.get("after", []),
+            graph_svg=graph_svg(self.run.graph, self.run.plan),
+            plan_text=self.run.plan.table(),
+            extra={},
+        )
+        self.console.print(f"report {page}")
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the step, then the run; a second Ctrl-C is rough."""
+
+        def stop(number, _):
+            if self.stop_signal is not None:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+            self.console.print("stopping after this step; a checkpoint will be saved")
+
+        watched = (signal.SIGINT, signal.SIGTERM)
+        try:
+            before = {number: signal.signal(number, stop) for number in watched}
+        except ValueError:  # Not the main thread: the caller handles signals.
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
