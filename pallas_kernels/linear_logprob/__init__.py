@@ -1,6 +1,12 @@
 """Log-probabilities and entropies of a linear layer over the vocabulary."""
 
-from pallas_kernels.linear_logprob.api import linear_logprob
+from pallas_kernels.linear_logprob.api import default_chunk_size, linear_logprob
 from pallas_kernels.linear_logprob.reference import is_kept, kept_logits, scaled_logits
 
-__all__ = ["is_kept", "kept_logits", "linear_logprob", "scaled_logits"]
+__all__ = [
+    "default_chunk_size",
+    "is_kept",
+    "kept_logits",
+    "linear_logprob",
+    "scaled_logits",
+]

@@ -23,12 +23,12 @@ from pallas_kernels.linear_logprob.reference import Kept
 
 Implementation = Literal["dense", "chunked"]
 
-# Problems with at most this many logits keep them for the backward pass (16 MiB).
-LARGEST_DENSE_SIZE = 2**22
-# Logits of one chunk: on a CPU they stay in its cache, elsewhere the matrix product
-# should keep the device busy (256 MiB).
-CHUNK_SIZE_CPU = 2**21
-CHUNK_SIZE = 2**26
+# Logits of one chunk. On a CPU (8 MiB) they stay in its cache; elsewhere (256 MiB) the
+# matrix product keeps the device busy.
+CHUNK_LOGITS_CPU = 2**21
+CHUNK_LOGITS = 2**26
+# A CPU cuts problems larger than this: making the logits again costs a third more.
+DENSE_LOGITS_CPU = 2**22
 
 # Finite, so that 0 · it is 0 and not NaN; the softmax of it is exactly 0.
 _NOT_KEPT = -1e30
@@ -73,49 +73,56 @@ def linear_logprob(
         temperature: the logits are divided by it.
         kept: ids (int32, padded with -1) or bits (uint32) of the tokens each
             distribution is restricted to; an empty set is the whole vocabulary.
-        chunk_size: most tokens of one chunk, over all devices; None chooses by the
-            vocabulary.
+        chunk_size: most tokens of one chunk, over all devices; None takes
+            `default_chunk_size`.
         constrain_kernel: applied to the kernel in the type of `hidden` before the loop,
             and to its gradient: a sharding constraint that gathers it once.
         implementation: "dense" makes all logits at once and keeps them for the
-            gradient, "chunked" holds those of a chunk; None chooses by size.
+            gradient, "chunked" holds those of a chunk; None is "dense" where one chunk
+            holds all tokens.
 
     Returns:
         Log-probabilities and entropies, float32, in nats. The log-probability of a
         target outside its set is -inf, and its gradient finite.
     """
     num_tokens, vocab_size = hidden.shape[0], kernel.shape[1]
+    chunk_size = chunk_size or default_chunk_size(num_tokens, vocab_size)
     if implementation is None:
-        is_small = num_tokens * vocab_size <= LARGEST_DENSE_SIZE
-        is_one_chunk = chunk_size is None or num_tokens <= chunk_size
-        implementation = "dense" if is_small and is_one_chunk else "chunked"
+        implementation = "dense" if num_tokens <= chunk_size else "chunked"
     if implementation not in ("dense", "chunked"):
         raise ValueError(
             f"linear_logprob has no implementation {implementation!r}; known are"
-            " 'dense' and 'chunked', and None chooses by size."
+            " 'dense' and 'chunked', and None chooses by the number of tokens."
         )
+    is_chunked = implementation == "chunked"
     if not temperature > 0:
         raise ValueError(
             f"The temperature is {temperature}; it must be positive. Greedy tokens are"
             " scored at temperature 1."
         )
-    num_chunks = None
-    if implementation == "chunked":
-        num_chunks = _num_chunks(num_tokens, chunk_size or default_chunk(vocab_size))
     static = _Static(
-        float(temperature), num_chunks, constrain_kernel or (lambda kernel: kernel)
+        temperature=float(temperature),
+        num_chunks=_num_chunks(num_tokens, chunk_size) if is_chunked else None,
+        constrain_kernel=constrain_kernel or _identity,
     )
     return _linear_logprob(static, hidden, kernel, targets, kept)
 
 
-def default_chunk(vocab_size: int) -> int:
-    """Return how many tokens a chunk has, by the vocabulary and the kind of device."""
-    on_cpu = jax.default_backend() == "cpu"
-    return max(1, (CHUNK_SIZE_CPU if on_cpu else CHUNK_SIZE) // vocab_size)
+def default_chunk_size(num_tokens: int, vocab_size: int) -> int:
+    """Return how many tokens to score at a time: all of them, if they are few."""
+    if jax.default_backend() != "cpu":
+        return max(1, CHUNK_LOGITS // vocab_size)
+    if num_tokens * vocab_size <= DENSE_LOGITS_CPU:
+        return num_tokens
+    return max(1, CHUNK_LOGITS_CPU // vocab_size)
+
+
+def _identity(kernel: Array) -> Array:
+    return kernel
 
 
 def _num_chunks(num_tokens: int, chunk_size: int) -> int:
-    """Return the fewest chunks that are small enough, and equal if that costs little."""
+    """Return the fewest chunks small enough; a few more if those are equal."""
     fewest = max(1, -(-num_tokens // chunk_size))
     equal = (n for n in range(fewest, 2 * fewest + 1) if num_tokens % n == 0)
     return next(equal, fewest)
@@ -206,8 +213,8 @@ def _statistics(static: _Static, logits, targets) -> _Scores:
 def _chunk_gradient(static: _Static, kernel, rows, logits=None):
     """Return the gradients of some rows: to their hidden states, and to the kernel.
 
-        d logprob / d logit_v = [v = target] - p_v
-        d entropy / d logit_v = -p_v (log p_v + entropy)
+    d logprob / d logit_v = [v = target] - p_v
+    d entropy / d logit_v = -p_v (log p_v + entropy)
     """
     hidden, targets, kept, scores, cotangents = rows
     if logits is None:
@@ -224,8 +231,12 @@ def _chunk_gradient(static: _Static, kernel, rows, logits=None):
     if by_logprob is not None:
         grad = jax.vmap(lambda row, at, x: row.at[at].add(x))(grad, targets, by_logprob)
     grad = grad.astype(hidden.dtype)
-    by_hidden = jnp.einsum("tv,dv->td", grad, kernel, preferred_element_type=jnp.float32)
-    by_kernel = jnp.einsum("td,tv->dv", hidden, grad, preferred_element_type=jnp.float32)
+    by_hidden = jnp.einsum(
+        "tv,dv->td", grad, kernel, preferred_element_type=jnp.float32
+    )
+    by_kernel = jnp.einsum(
+        "td,tv->dv", hidden, grad, preferred_element_type=jnp.float32
+    )
     return by_hidden.astype(hidden.dtype), by_kernel
 
 

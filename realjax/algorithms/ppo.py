@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from realjax import rl
 from realjax.dataflow import DataflowGraph, call
-from realjax.functions import Generate, Infer, Score, Train, Transform
+from realjax.functions import Generate, Infer, Score, Train, Transform, is_filtered
 from realjax.functions.score import RewardFunction
 from realjax.rl.masking import Mean
 from realjax.rl.sampling import Sampling
@@ -77,7 +77,7 @@ HYPERPARAMETERS = PPO
 
 def initial_state(hp: PPO):
     """Value statistics and KL coefficient: one of each, shared and checkpointed."""
-    values = rl.normalization.init(hp.value_norm)
+    values = rl.normalization.init(hp.value_norm or "exp")
     return {"values": values, "kl_coef": jnp.float32(hp.kl_coef)}
 
 
@@ -106,7 +106,9 @@ def advantages(state, batch, *, hp: PPO):
         discount=hp.discount,
         lambda_=hp.gae_lambda,
     )
-    normalizer = rl.normalization.update(state["values"], returns, mask)
+    normalizer = state["values"]  # Changes nothing until its first update.
+    if hp.value_norm:
+        normalizer = rl.normalization.update(normalizer, returns, mask)
     log_ratio = jnp.where(mask, batch["old_logprobs"] - batch["ref_logprobs"], 0.0)
     kl, coefficient = Mean.over(log_ratio.sum(axis=1), counts), state["kl_coef"]
     if hp.adaptive_kl:
@@ -172,7 +174,7 @@ def graph(hp: PPO) -> DataflowGraph:
         sampling=sampling, completions_per_prompt=hp.completions_per_prompt
     )
     score = Score(rewards=hp.rewards) if hp.rewards else Infer(output="scores")
-    scored = ("tokens", "kept") if sampling.is_filtered else ("tokens",)
+    scored = ("tokens", "kept") if is_filtered(sampling) else ("tokens",)
     reference = Infer(reads=scored, temperature=sampling.temperature)
     rollout = ("completion_mask", "is_truncated", "old_logprobs")
     estimate = Transform(

@@ -7,7 +7,6 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from realjax import rl
 from realjax.dataflow import DataflowGraph, call
 from realjax.functions import Train
 from realjax.rl.masking import Mean
@@ -24,7 +23,7 @@ HYPERPARAMETERS = SFT
 def loss(logprobs, batch):
     """-log π(token), a mean over answer tokens; `ppl` is a mean over sequences."""
     mask = batch["completion_mask"]
-    per_sequence = rl.masking.masked_mean(-logprobs, mask, axis=1)
+    per_sequence = jnp.sum(-logprobs * mask, axis=1) / jnp.maximum(mask.sum(axis=1), 1)
     return Mean.over(-logprobs, mask), {
         "ppl": Mean.over(jnp.exp(per_sequence), mask.any(axis=1)),
         "entropy": Mean.over(batch["entropy"], mask),

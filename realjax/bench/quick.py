@@ -28,9 +28,10 @@ from realjax.bench.environment import describe
 from realjax.core.batch import Batch
 from realjax.core.timing import peak_host_bytes
 from realjax.data.tokenizer import Tokenizer
-from realjax.dataflow.graph import DataflowGraph
+from realjax.dataflow.graph import DataflowGraph, call
 from realjax.dataflow.plan import make_plan
 from realjax.dataflow.schedule import home_places
+from realjax.functions.function import Generate
 from realjax.functions.role import Role, RoleConfig
 from realjax.models import transformer
 from realjax.models.config import ModelConfig
@@ -123,6 +124,8 @@ def measure(repetitions: int) -> dict[str, Any]:
     tuning = make_executor(sft.graph(sft.SFT()), 256, tokenizer)
     hp = ppo.PPO(sampling=sampling, minibatches=2, value_norm="")
     learning = make_executor(ppo.graph(hp), 128, tokenizer)
+    rollout = DataflowGraph(rollout=call("policy", Generate(sampling=sampling)))
+    writing = make_executor(rollout, 128, tokenizer)
     batches = [sft_batch(generator) for _ in range(repetitions + 1)]
     prompts = [prompt_batch(generator) for _ in range(repetitions + 1)]
 
@@ -131,19 +134,21 @@ def measure(repetitions: int) -> dict[str, Any]:
         return tuning.store.train_state("policy")
 
     def generate(index):
-        return learning.generate("rollout", prompts[index], step=index)
+        _, buffer = writing.run(prompts[index], step=index + 1)
+        return buffer.host("old_logprobs")
 
     def learn(index):
         learning.run(prompts[index], step=index + 1)
-        learning.timeline.wait()
+        learning.watch.wait()
         return learning.store.train_state("policy")
 
     first_tune, tune_seconds = timed(tune, repetitions)
     first_generate, generate_seconds = timed(generate, repetitions)
     first_learn, learn_seconds = timed(learn, repetitions)
-    calls = learning.timeline.medians(kind="call", skip_steps=1)
+    calls = learning.watch.timeline.medians(kind="call", skip_steps=1)
     tuning.close()
     learning.close()
+    writing.close()
     compile_seconds = {
         "sft": first_tune - statistics.median(tune_seconds),
         "generation": first_generate - statistics.median(generate_seconds),

@@ -14,6 +14,16 @@ Index t of log-probabilities, values, rewards and masks is about token t; a valu
 that of the state before token t is chosen. Index 0 never counts.
 """
 
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Scalar, UInt
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Scalar, Shaped, UInt
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "PyTree", "Scalar", "UInt"]
+__all__ = [
+    "Array",
+    "Bool",
+    "Float",
+    "Int",
+    "Key",
+    "PyTree",
+    "Scalar",
+    "Shaped",
+    "UInt",
+]

@@ -116,7 +116,7 @@ class Dataset:
 
     Attributes:
         kind: "prompt_answer", "pairs" or "prompts".
-        prompt_width: Width that holds every prompt; for prompts, the widest bucket used.
+        prompt_width: Width that holds every prompt (the widest bucket in use).
         row_width: T, the same for all batches; `prompt_width` for prompts.
         rows_per_record: Rows that a record takes in a batch.
         num_left_out: Records of the file that were too long.
@@ -285,8 +285,9 @@ def load_dataset(
     if not config.kind:
         raise ValueError(f"`data.kind` is empty. Set it to one of {list(KINDS)}.")
     path = paths[split]
+    objects = load_records(path)
     try:
-        examples = read_examples(load_records(path), config.kind, tokenizer)
+        examples = read_examples(objects, config.kind, tokenizer)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     records = _tokenise(examples, tokenizer)
@@ -358,13 +359,15 @@ def _keep(
             f"{path}: every {what} is longer than {name}={limit}: the shortest has "
             f"{shortest} tokens. Raise `{name}`."
         )
-    num_cut = sum(any(record.is_truncated) for record in kept)
     if longer:
+        num_completions = sum(len(record.completions) for record in records)
+        num_kept = sum(len(record.completions) for record in kept)
         _logger.warning(
-            "%s: %d of %d records are longer than %s=%d: %d left out, %d cut (without "
-            "an end-of-sequence token).",
+            "%s: %d of %d records are longer than %s=%d. Left out: %d records, with "
+            "%d completions; cut, and so without an end-of-sequence token: %d.",
             *(path, len(longer), len(records), name, limit),
-            *(len(records) - len(kept), num_cut),
+            *(len(records) - len(kept), num_completions - num_kept),
+            sum(any(record.is_truncated) for record in kept),
         )
     return kept
 

@@ -53,8 +53,8 @@ class Loader:
         """Gives out the next records.
 
         Returns:
-            The batch, of static size; the epoch of its first record, from 0; and whether
-            the last record of an epoch is in it.
+            The batch, of static size; the epoch of its first record, counted from 0;
+            whether the last record of an epoch is in it.
         """
         size = len(self._dataset)
         start, stop = self._position, self._position + self._batch_size
@@ -62,8 +62,8 @@ class Loader:
             stop = min(stop, size * self._num_epochs)
             if start >= stop:
                 raise ValueError(
-                    f"All {self._num_epochs} epochs were given out. Ask for "
-                    f"{self.steps_for(self._num_epochs)} batches, or raise `num_epochs`."
+                    f"All {self._num_epochs} epochs were given out. Ask for no more "
+                    f"than {self.steps_for(self._num_epochs)} batches."
                 )
         epochs, places = np.divmod(np.arange(start, stop), size)
         indices = np.empty_like(places)

@@ -7,6 +7,7 @@ from realjax.functions.function import (
     Score,
     Train,
     Transform,
+    is_filtered,
 )
 
-__all__ = ["Function", "Generate", "Infer", "Score", "Train", "Transform"]
+__all__ = ["Function", "Generate", "Infer", "Score", "Train", "Transform", "is_filtered"]

@@ -15,9 +15,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from realjax.functions.score import RewardFunction
-from realjax.rl.sampling import Sampling
+from realjax.rl.sampling import Sampling, kept_width
 
 Output = Literal["logprobs", "values", "scores"]
+
+LARGE_VOCABULARY = 1 << 20
+
+
+def is_filtered(sampling: Sampling) -> bool:
+    """Whether the sampler may leave tokens out and so records the set it kept."""
+    return kept_width(sampling, LARGE_VOCABULARY) is not None
+
 
 INFERRED: Mapping[Output, tuple[str, ...]] = {
     "logprobs": ("logprobs",),
@@ -67,7 +75,7 @@ class Generate(Function):
                 f"completions_per_prompt is {self.completions_per_prompt}; each prompt "
                 "needs at least 1."
             )
-        kept = ("kept",) if self.sampling.is_filtered else ()
+        kept = ("kept",) if is_filtered(self.sampling) else ()
         if "is_truncated" not in self.writes:
             object.__setattr__(self, "writes", (*self.writes, "is_truncated", *kept))
 

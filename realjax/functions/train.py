@@ -74,7 +74,7 @@ class TrainProgram:
         )
         self._apply = jax.jit(
             self._apply_gradients,
-            donate_argnums=(0, 1),
+            donate_argnums=0,
             out_shardings=(self.shardings, self._whole),
         )
         self._measure = jax.jit(self._add_measures, donate_argnums=1)

@@ -15,6 +15,7 @@ from realjax.core.arrays import Array, Float
 from realjax.models import rotary
 from realjax.models.axes import KEY_VALUE, QUERY, Constrain, unconstrained
 from realjax.models.config import ModelConfig
+from realjax.models.projection import Projection
 
 # (query, key, value) -> (output, whatever the caller wants back, such as a cache)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -39,13 +40,11 @@ class Attention(nn.Module):
         """Project, rotate, attend, project back; also return what `attend` did."""
 
         def project(num_heads: int, name: str) -> Array:
-            return nn.DenseGeneral(
-                (num_heads, self.config.head_dim),
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=self.kernel_init,
-                name=name,
-            )(x)
+            features = (num_heads, self.config.head_dim)
+            projection = Projection(
+                features, self.kernel_init, dtype=self.dtype, name=name
+            )
+            return projection(x)
 
         query = rotary.rotate(project(self.config.num_heads, "query"), rotation)
         key = rotary.rotate(project(self.config.num_kv_heads, "key"), rotation)
@@ -54,12 +53,7 @@ class Attention(nn.Module):
         key = self.constrain(key, KEY_VALUE)
         value = self.constrain(value, KEY_VALUE)
         attended, memory = attend(query, key, value)
-        output = nn.DenseGeneral(
-            x.shape[-1],
-            axis=(-2, -1),
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=self.output_init,
-            name="output",
-        )(self.constrain(attended, QUERY))
-        return output, memory
+        output = Projection(
+            (x.shape[-1],), self.output_init, 2, dtype=self.dtype, name="output"
+        )
+        return output(self.constrain(attended, QUERY)), memory

@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 
 from realjax.core.arrays import Array, Float
 from realjax.models.axes import MLP, Constrain, unconstrained
+from realjax.models.projection import Projection
 
 
 class GatedMLP(nn.Module):
@@ -25,12 +26,16 @@ class GatedMLP(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply the layer to every token."""
 
-        def dense(features: int, name: str, init: nn.initializers.Initializer):
-            return nn.DenseGeneral(
-                features, use_bias=False, dtype=self.dtype, kernel_init=init, name=name
-            )
+        def project(features: int, name: str, init: nn.initializers.Initializer):
+            return Projection((features,), init, dtype=self.dtype, name=name)
 
-        gate = dense(self.mlp_width, "gate", self.kernel_init)(x)
-        up = dense(self.mlp_width, "up", self.kernel_init)(x)
-        hidden = self.constrain(jax.nn.silu(gate) * up, MLP)
-        return dense(x.shape[-1], "down", self.output_init)(hidden)
+        gate = project(self.mlp_width, "gate", self.kernel_init)(x)
+        up = project(self.mlp_width, "up", self.kernel_init)(x)
+        hidden = self.constrain(_gated(gate, up), MLP)
+        return project(x.shape[-1], "down", self.output_init)(hidden)
+
+
+@jax.checkpoint
+def _gated(gate: Array, up: Array) -> Array:
+    """Keep only gate and up for the backward pass, not the steps between."""
+    return jax.nn.silu(gate) * up

@@ -5,7 +5,7 @@ know no mesh; `AXES` says which mesh axes split each name.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from realjax.core.arrays import Array, PyTree
+from realjax.models.axes import Axes, Constrain
 from realjax.models.config import ModelConfig
 from realjax.parallel.allocation import Allocation
 
@@ -33,8 +34,6 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "slots": (),
 }
 """Mesh axes that split a dimension, by the dimension's name."""
-
-Axes = Sequence[str | None]
 
 
 def parameter_shardings(abstract_tree: PyTree, mesh: Mesh) -> PyTree:
@@ -64,9 +63,7 @@ def parameter_shardings(abstract_tree: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
-def constrain_for(
-    mesh: Mesh, *, options: frozenset[str] = frozenset()
-) -> Callable[[Array, Axes], Array]:
+def constrain_for(mesh: Mesh, *, options: frozenset[str] = frozenset()) -> Constrain:
     """Return `constrain(x, axes)`, which pins the sharding of an activation.
 
     Mesh axes that do not divide a dimension are dropped, the last first: two rows on

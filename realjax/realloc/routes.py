@@ -74,9 +74,7 @@ class Layout:
         """
         return _layout_of(sharding)
 
-    def tiles(
-        self, shape: Sequence[int]
-    ) -> tuple[tuple[int, ...], np.ndarray[Any, Any]]:
+    def tiles(self, shape: Sequence[int]) -> tuple[tuple[int, ...], np.ndarray]:
         """Return the parts of every dimension, and the tile of every device.
 
         Args:

@@ -3,10 +3,10 @@
 Every array takes the cheapest of four routes (`routes.KINDS`), none of which passes
 through host memory, and all of which give the same bits:
 
-    none   equal layouts                      copied in place (or, on request, shared)
-    jit    the same devices, in order         one jitted identity with new shardings
-    put    other devices, the shards alike    one native `jax.device_put`
-    slice  anything else                      `pieces`: cut, copy, join
+    none   equal layouts                    copied in place, or shared on request
+    jit    same devices, direct collectives one jitted identity with new shardings
+    put    other devices, shards alike      one native `jax.device_put`
+    slice  anything else                    `pieces`: cut, copy, join
 
 `jax.device_put` alone would do the last, and most of the second, through the host.
 

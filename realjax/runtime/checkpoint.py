@@ -143,6 +143,7 @@ class Checkpointer:
         self._keep = keep
         self._is_writer = not read_only and jax.process_index() == 0
         self._saving: int | None = None
+        self._saving_bytes = 0
         if self._is_writer:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_temporary()
@@ -177,16 +178,13 @@ class Checkpointer:
         described = {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()}
         stored = {name: leaf for name, leaf in leaves.items() if leaf.size > 0}
         state = {"metadata": _as_json(metadata, "metadata"), "arrays": described}
+        items: dict[str, Any] = {"metadata": ocp.args.JsonSave(state)}
+        if stored:
+            items["arrays"] = ocp.args.PyTreeSave(stored)
         self._saving = step
+        self._saving_bytes = sum(leaf.nbytes for leaf in stored.values())
         with self._save_errors():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    arrays=ocp.args.PyTreeSave(stored),
-                    metadata=ocp.args.JsonSave(state),
-                ),
-                force=True,
-            )
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         return True
 
     def wait(self) -> None:
@@ -259,29 +257,7 @@ class Checkpointer:
         wanted = named_arrays.flatten(abstract)
         self._check_match(step, list(abstract), wanted)
         stored = {name: leaf for name, leaf in wanted.items() if np.prod(leaf.shape)}
-        targets = {
-            name: named_arrays.restore_args(leaf) for name, leaf in stored.items()
-        }
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    arrays=ocp.args.PyTreeRestore(
-                        {
-                            name: named_arrays.blank(leaf)
-                            for name, leaf in stored.items()
-                        },
-                        restore_args=targets,
-                        partial_restore=True,
-                    )
-                ),
-            )
-        except Exception as error:
-            raise DamagedCheckpointError(
-                f"The checkpoint {self.folder / str(step)} cannot be read: "
-                f"{type(error).__name__}: {str(error)[:300]}"
-            ) from error
-        found = dict(restored["arrays"]) if stored else {}
+        found = self._read_arrays(step, stored) if stored else {}
         for name in wanted.keys() - stored.keys():
             found[name] = named_arrays.without_elements(wanted[name])
         return named_arrays.unflatten(abstract, found)
@@ -363,6 +339,24 @@ class Checkpointer:
         if damage := manifest.find_damage(folder, checksums=checksums):
             raise DamagedCheckpointError(damage)
 
+    def _read_arrays(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = ocp.args.PyTreeRestore(
+            {name: named_arrays.blank(leaf) for name, leaf in wanted.items()},
+            restore_args={
+                name: named_arrays.restore_args(leaf) for name, leaf in wanted.items()
+            },
+            partial_restore=True,
+        )
+        try:
+            composite = ocp.args.Composite(arrays=arguments)
+            return dict(self._manager.restore(step, args=composite)["arrays"])
+        except Exception as error:
+            # Not damage: the checksums were right. No memory, say.
+            raise CheckpointError(
+                f"The checkpoint {self.folder / str(step)} is whole and could not be "
+                f"restored: {_shorten(error)}"
+            ) from error
+
     def _read_state(self, step: int) -> dict[str, Any]:
         self._check_files(step, checksums=False)
         path = self.folder / str(step) / "metadata" / "metadata"
@@ -403,15 +397,15 @@ class Checkpointer:
             else f"The checkpoint of step {latest} is complete and stays."
         )
         if _is_full_disk(error):
-            free = shutil.disk_usage(self.folder).free / 2**30
+            free = shutil.disk_usage(self.folder).free >> 20
             return (
                 f"The disk of {self.folder} is full: the checkpoint of step {step} "
-                f"could not be written ({free:.2f} GiB are free now). {stands} Free "
-                "some space, or keep fewer checkpoints."
+                f"needs up to {self._saving_bytes >> 20} MiB, and {free} MiB are free. "
+                f"{stands} Free some space, or keep fewer checkpoints."
             )
         return (
             f"The checkpoint of step {step} could not be written to {self.folder}: "
-            f"{type(error).__name__}: {str(error)[:300]} {stands}"
+            f"{_shorten(error)}. {stands}"
         )
 
     def _check_match(
@@ -437,6 +431,12 @@ class Checkpointer:
                 + (f"\n  and {more} more." if more > 0 else "")
                 + "\nUse the config that it was made with, or another work folder."
             )
+
+
+def _shorten(error: Exception) -> str:
+    """Both ends of an error's text: TensorStore says what first, and why last."""
+    text = f"{type(error).__name__}: {error}"
+    return text if len(text) <= 400 else f"{text[:150]} … {text[-250:]}"
 
 
 def _is_full_disk(error: BaseException | None) -> bool:

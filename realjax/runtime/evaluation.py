@@ -49,9 +49,10 @@ def evaluate(run: Run, executor: Executor, console: Console, when: str) -> Evalu
     with console.progress(f"evaluation {when}", len(batches)) as advance:
         for index, batch in enumerate(batches):
             metrics, buffer = executor.run(batch, step=index, training=False)
+            count = float(np.sum(batch.ids >= 0))
             for name, parts in metrics.items():
                 totals.setdefault(name, []).extend(
-                    part if isinstance(part, Mean) else Mean(part, float(batch.count))
+                    part if isinstance(part, Mean) else Mean(part, count)
                     for part in parts
                 )
             if len(samples) < run.config.evaluation.num_samples:

@@ -18,7 +18,6 @@ import numpy as np
 
 from realjax.core.arrays import Array, PyTree
 from realjax.core.batch import Batch
-from realjax.core.timing import Timeline
 from realjax.data.packing import Packing, pack
 from realjax.data.tokenizer import Tokenizer
 from realjax.dataflow import schedule as schedule_lib
@@ -36,6 +35,7 @@ from realjax.parallel.sharding import replicated
 from realjax.realloc.transfer import Traffic
 from realjax.rl.masking import Mean
 from realjax.runtime.parameters import ParameterStore
+from realjax.runtime.watch import Watch
 
 SEQUENCES_PER_ROW = 8
 """Sequences that a microbatch has room for, per packed row."""
@@ -50,7 +50,7 @@ class Executor:
     Attributes:
         store: parameters and optimizer states of every role.
         transform_states: state of every `Transform` that has one, by call.
-        timeline: when each call began and ended.
+        watch: observes when each call began and ended.
         traffic: bytes of parameters moved by the last step, by route.
         batch_traffic: the same of batch keys.
         sends: how often a key was sent to a mesh in one step, at most.
@@ -68,7 +68,7 @@ class Executor:
         optimizer_steps: Mapping[str, int],
         seed: int,
         width: int,
-        timeline: Timeline | None = None,
+        watch: Watch | None = None,
     ):
         """Prepares the schedule; programs are compiled when first used.
 
@@ -81,12 +81,12 @@ class Executor:
             optimizer_steps: updates of the whole run, by training call.
             seed: of sampling and of minibatch order.
             width: T, tokens of a sequence.
-            timeline: observes when calls end.
+            watch: observes when calls end.
         """
         self.graph, self.plan, self.roles, self.store = graph, plan, roles, store
         self.tokenizer, self.seed, self.width = tokenizer, seed, width
         self.optimizer_steps = optimizer_steps
-        self.timeline = timeline or Timeline()
+        self.watch = watch or Watch()
         self.traffic, self.batch_traffic = Traffic(), Traffic()
         self.sends: dict[tuple, int] = {}
         dtypes = {name: role.dtype for name, role in roles.items()}
@@ -108,10 +108,10 @@ class Executor:
         self.after_call: Callable[[str], None] | None = None
 
     def close(self) -> None:
-        """Ends worker processes and the timeline's thread."""
+        """Ends worker processes and the watch."""
         for workers in self._workers.values():
             workers.close()
-        self.timeline.close()
+        self.watch.close()
 
     def run(
         self,
@@ -139,14 +139,12 @@ class Executor:
                 case schedule_lib.Run(name):
                     metrics |= self._run(name, buffer, step, training, on_wave)
                     if self.after_call is not None:
-                        self.timeline.wait()
+                        self.watch.wait()
                         self.after_call(name)
                 case schedule_lib.Move(role, place):
-                    with self.timeline.record(
-                        f"{role} to {place}",
-                        kind="realloc",
-                        devices=place.allocation.devices,
-                        step=step,
+                    devices = place.allocation.devices
+                    with self.watch.calling(
+                        f"{role} to {place}", devices, step=step, kind="realloc"
                     ) as event:
                         event.watch(self.store.move(role, place, self.traffic))
                 case schedule_lib.Release(role, place):
@@ -199,7 +197,8 @@ class Executor:
             event.watch(rollout.lengths)
         buffer.repeat(group)
         for local in spec.writes:
-            buffer.put(node.key(local), getattr(rollout, local))
+            if (value := getattr(rollout, local)) is not None:
+                buffer.put(node.key(local), value)
         lengths = np.asarray(rollout.lengths)
         prompt_lengths = np.repeat(prompts["lengths"], group)
         buffer.lengths[node.key("tokens")] = lengths
@@ -261,7 +260,7 @@ class Executor:
         tokens = buffer.host(node.key("tokens"))
         mask = buffer.host(node.key("completion_mask"))
         real = np.flatnonzero(buffer.ids >= 0)
-        with self.timeline.record(name, kind="host", step=step):
+        with self.watch.calling(name, step=step, kind="host"):
             prompts, completions = completion_texts(
                 self.tokenizer, tokens[real], mask[real]
             )
@@ -303,9 +302,9 @@ class Executor:
             self.store.release(node.role, place)
 
     def _timed(self, name: str, step: int):
-        """Puts a call on the timeline."""
+        """Observes a call."""
         devices = self.plan.calls[name].allocation.devices
-        return self.timeline.record(name, devices=devices, step=step)
+        return self.watch.calling(name, devices, step=step)
 
     # -- programs and their inputs -----------------------------------------------
 
@@ -355,6 +354,7 @@ class Executor:
         return {
             local: buffer.get(node.key(local), allocation)
             for local in node.function.reads
+            if node.key(local) in buffer  # A set that kept everything is not there.
         }
 
     def _pack(

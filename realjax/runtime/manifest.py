@@ -58,7 +58,7 @@ def find_damage(folder: pathlib.Path, *, checksums: bool = True) -> str | None:
             found = list(pool.map(lambda name: _crc32(folder / name), listed))
     except FileNotFoundError:
         return f"{path} is missing."
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{path} is damaged: {error}."
     for (name, (_, checksum)), now in zip(listed.items(), found, strict=True):
         if now != checksum:

@@ -39,8 +39,8 @@ class Profiler:
             if self._is_tracing and number + 1 >= self.end:
                 jax.profiler.stop_trace()
                 self._is_tracing = False
-                self.executor.timeline.wait()
-                self.executor.timeline.write_trace(self.folder / "timeline.json")
+                self.executor.watch.wait()
+                self.executor.watch.timeline.write_trace(self.folder / "timeline.json")
 
     def _save_memory(self, step: int, call: str) -> None:
         path = self.folder / f"memory_step{step}_{call}.pprof"

@@ -103,6 +103,7 @@ class Trainer:
             batch_size=config.data.batch_size,
             seed=config.seed,
             shuffle=config.data.shuffle,
+            num_epochs=0 if config.steps else config.epochs,
         )
         console.print(f"plan\n{run.plan.table()}")
         self.executor = Executor(
@@ -140,7 +141,7 @@ class Trainer:
         config, steps = self.run.config, self.run.steps
         benchmark = config.benchmark_steps
         last = min(steps, self.step + benchmark) if benchmark else steps
-        rate = Rate(last)
+        rate = Rate()
         self._saved_seconds = time.monotonic()
         with self._signals():
             if self.step == 0:
@@ -180,18 +181,19 @@ class Trainer:
         """One step; returns whether it ended an epoch, and which epochs are done."""
         begin = time.perf_counter()
         batch, epoch, is_epoch_end = self.loader.next_batch()
-        step, timeline = self.step + 1, self.executor.timeline
+        step, watch = self.step + 1, self.executor.watch
         with self.profiler.step(step), self.console.waves() as on_wave:
             found, buffer = self.executor.run(batch, step=step, on_wave=on_wave)
             numbers = to_numbers(found)
-            timeline.wait()
+            watch.wait()
         self.step = step
         numbers |= self._performance(buffer, time.perf_counter() - begin)
         numbers |= {
-            f"timing_s/{name}": seconds
-            for name, seconds in timeline.seconds_of_step(step).items()
+            f"timing_s/{event.name}": event.seconds
+            for event in watch.timeline.take()
+            if event.kind in ("call", "host") and event.step == step
         }
-        rate.update(step, tokens=int(numbers["num_tokens"]))
+        rate.update(tokens=numbers["num_tokens"])
         self.console.step(step, self.run.steps, epoch, numbers, rate)
         if self._evaluation_is_due():
             numbers |= self._evaluate(f"step {step}")
@@ -365,7 +367,7 @@ class Trainer:
             self.workdir,
             title=f"{self.run.config.algorithm}: {self.workdir.name}",
             metrics=columns,
-            timeline=self.executor.timeline,
+            timeline=self.executor.watch.timeline,
             samples_before=self.samples.get("before", []),
             samples_after=self.samples.get("after", []),
             graph_svg=graph_svg(self.run.graph, self.run.plan),

@@ -1,0 +1,106 @@
+"""Log-probabilities and values of the tokens of packed rows.
+
+A model's output at place p is about the token at place p + 1. Here, and nowhere else,
+outputs move to the token they are about:
+
+    segment_ids   1  1  1  2  2  0
+    tokens        a  b  c  d  e  -
+    hidden        ha hb hc hd he -
+    logprobs      0  b  c  0  e  0      b = log π(b | ha), c = log π(c | hb), …
+
+The first token of a segment is given, not chosen: its log-probability and value are 0,
+as on padding.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from pallas_kernels.linear_logprob import default_chunk_size, linear_logprob
+from realjax.core.arrays import Array, Bool, Float, Int, UInt
+
+RowsOfNumbers = Float[Array, "R S"] | Int[Array, "R S"]
+
+
+def shift_right(x: RowsOfNumbers) -> RowsOfNumbers:
+    """Move what place p - 1 says about token p to place p; 0 at place 0."""
+    return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
+
+
+def is_chosen(segment_ids: Int[Array, "R S"]) -> Bool[Array, "R S"]:
+    """Return which tokens follow another of their segment, and are not padding."""
+    return (segment_ids != 0) & (segment_ids == shift_right(segment_ids))
+
+
+def token_logprobs(
+    hidden: Float[Array, "R S D"],
+    kernel: Float[Array, "D V"],
+    tokens: Int[Array, "R S"],
+    segment_ids: Int[Array, "R S"],
+    *,
+    temperature: float = 1.0,
+    kept: Int[Array, "R S C"] | UInt[Array, "R S C"] | None = None,
+    constrain_kernel: Callable[[Array], Array] | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "R S"], Float[Array, "R S"]]:
+    """Return each token's log-probability, and the entropy it was chosen at.
+
+    The sampler's own definition: `sampling.sample` with the same temperature and kept
+    sets gives the same numbers. No array of all tokens by the vocabulary exists.
+
+    Args:
+        hidden: final hidden states.
+        kernel: of the language head.
+        tokens: ids.
+        segment_ids: 1, 2, … within a row; 0 is padding.
+        temperature: the tokens were sampled at.
+        kept: the set each token was chosen from (at its own place), as
+            `sampling.sample` returns it; an empty set is the whole vocabulary.
+        constrain_kernel: sharding constraint that gathers the kernel, once and in the
+            type of `hidden`; also put on its gradient.
+        chunk_size: most tokens that are scored at a time, over all devices; None
+            chooses.
+
+    Returns:
+        Log-probabilities and entropies in nats, float32; 0 where no token was chosen.
+    """
+    # What is about token p + 1, next to the hidden state at p. The last place of a row
+    # scores token 0, and is not looked at.
+    tokens_ahead = jnp.roll(tokens, -1, axis=1)
+    kept_ahead = None if kept is None else jnp.roll(kept, -1, axis=1)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    logprobs, entropy = linear_logprob(
+        flat(hidden),
+        kernel,
+        flat(tokens_ahead),
+        temperature=temperature,
+        kept=None if kept_ahead is None else flat(kept_ahead),
+        constrain_kernel=constrain_kernel,
+        chunk_size=_chunk_size(tokens.shape, kernel.shape[1], chunk_size),
+    )
+    mask = is_chosen(segment_ids)
+    place = lambda x: jnp.where(mask, shift_right(x.reshape(tokens.shape)), 0.0)
+    return place(logprobs), place(entropy)
+
+
+def _chunk_size(rows_shape, vocab_size: int, chunk_size: int | None) -> int:
+    """Cut all rows at the same places, so that chunks are sharded as the rows are."""
+    num_rows, num_places = rows_shape
+    num_tokens = num_rows * num_places
+    chunk_size = chunk_size or default_chunk_size(num_tokens, vocab_size)
+    fewest = max(1, -(-num_tokens // chunk_size))
+    cuts = (n for n in range(fewest, 2 * fewest + 1) if num_places % n == 0)
+    return -(-num_tokens // next(cuts, fewest))
+
+
+def token_values(
+    values: Float[Array, "R S"], segment_ids: Int[Array, "R S"]
+) -> Float[Array, "R S"]:
+    """Return the value of the state before each token, float32; 0 where none is.
+
+    Args:
+        values: the critic's scalar at each place: of the state after that token.
+        segment_ids: 1, 2, … within a row; 0 is padding.
+    """
+    shifted = shift_right(values.astype(jnp.float32))
+    return jnp.where(is_chosen(segment_ids), shifted, 0.0)

@@ -1,0 +1,83 @@
+"""When each call began and ended, observed without holding up dispatch.
+
+A thread waits for the outputs of every call in the order they were issued. A call
+began when it was issued, or when the last call before it that shares a device ended,
+whichever was later.
+"""
+
+import concurrent.futures
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+
+from realjax.core.timing import Timeline
+
+
+class Outputs:
+    """What a call has made, for the watch to wait for."""
+
+    def __init__(self):
+        """Nothing yet."""
+        self.arrays: list[Any] = []
+
+    def watch(self, tree: Any) -> None:
+        """Adds arrays; such that no later call takes by donation before they exist."""
+        self.arrays.append(tree)
+
+
+class Watch:
+    """Fills a timeline from the side.
+
+    Attributes:
+        timeline: what has been observed; complete after `wait`.
+    """
+
+    def __init__(self, timeline: Timeline | None = None):
+        """Starts the thread."""
+        self.timeline = timeline or Timeline()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "watch")
+        self._pending: list[concurrent.futures.Future] = []
+        self._free: dict[int, float] = {}
+
+    @contextlib.contextmanager
+    def calling(
+        self, name: str, devices: Iterable[int] = (), *, step: int, kind: str = "call"
+    ) -> Iterator[Outputs]:
+        """Observes a call; give what it makes to the object this yields.
+
+        Args:
+            name: of the call.
+            devices: that it runs on; none for work of the host.
+            step: of the run.
+            kind: "call", "realloc", "offload" or "host".
+        """
+        begin, outputs = time.perf_counter(), Outputs()
+        yield outputs
+        issued = time.perf_counter()
+        self._pending.append(
+            self._thread.submit(
+                self._observe, name, tuple(devices), begin, issued, outputs, step, kind
+            )
+        )
+
+    def _observe(self, name, devices, begin, issued, outputs, step, kind) -> None:
+        jax.block_until_ready(outputs.arrays)
+        outputs.arrays.clear()
+        end = time.perf_counter() if devices else issued
+        start = max([begin, *(self._free.get(device, 0.0) for device in devices)])
+        for device in devices:
+            self._free[device] = end
+        self.timeline.add(name, min(start, end), end, devices, kind, step=step)
+
+    def wait(self) -> None:
+        """Waits for everything issued; raises what went wrong."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
