@@ -18,6 +18,8 @@ The Python API:
     sample(model, prompts, **options)            completions
     train(config, workdir)                       a run
     plan(config, cluster=None)                   the execution plan it would have
+    load_config("ppo.py:debug")                  a shipped config, to be changed
+    graph(config)                                its dataflow graph
 """
 
 import importlib
@@ -25,21 +27,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from realjax.runtime.model import Model, load
-    from realjax.runtime.run import plan
+    from realjax.runtime.recipe import graph, load_config, plan, train
     from realjax.runtime.sample import Completion, sample
-    from realjax.runtime.trainer import TrainResult, train
+    from realjax.runtime.trainer import TrainResult
 
 _HOMES = {
     "Completion": "realjax.runtime.sample",
     "Model": "realjax.runtime.model",
     "TrainResult": "realjax.runtime.trainer",
     "load": "realjax.runtime.model",
-    "plan": "realjax.runtime.run",
+    "graph": "realjax.runtime.recipe",
+    "load_config": "realjax.runtime.recipe",
+    "plan": "realjax.runtime.recipe",
     "sample": "realjax.runtime.sample",
-    "train": "realjax.runtime.trainer",
+    "train": "realjax.runtime.recipe",
 }
 
-__all__ = ["Completion", "Model", "TrainResult", "load", "plan", "sample", "train"]
+__all__ = [
+    "Completion",
+    "Model",
+    "TrainResult",
+    "graph",
+    "load",
+    "load_config",
+    "plan",
+    "sample",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

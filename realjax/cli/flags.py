@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
-from realjax.core.config import suggest
 from realjax.runtime.checkpoint import CheckpointError
+from realjax.runtime.recipe import find_config
 from realjax.runtime.trainer import NonFiniteError
 
 USER_ERRORS = (
@@ -21,31 +21,6 @@ USER_ERRORS = (
     NonFiniteError,
 )
 """Raised with a message for the person who typed the command; shown without trace."""
-
-SHIPPED = pathlib.Path(__file__).parents[1] / "_configs"
-"""Where an installed package keeps `configs/`."""
-
-
-def find_config(path: str) -> str:
-    """A config file beside the caller, or the shipped one of the same name.
-
-    Args:
-        path: as in "configs/ppo.py:debug"; what follows the colon is kept.
-
-    Raises:
-        FileNotFoundError: naming the shipped configs.
-    """
-    name, colon, argument = path.partition(":")
-    folders = (SHIPPED, pathlib.Path(__file__).parents[2] / "configs")
-    candidates = [pathlib.Path(name), *(f / pathlib.Path(name).name for f in folders)]
-    for candidate in candidates:
-        if candidate.is_file():
-            return str(candidate) + colon + argument
-    known = sorted({p.name for f in folders if f.is_dir() for p in f.glob("*.py")})
-    raise FileNotFoundError(
-        f"There is no config {name!r}. {suggest(pathlib.Path(name).name, known)} "
-        f"Shipped: {', '.join(known)}."
-    )
 
 
 def use_compilation_cache() -> None:
@@ -83,7 +58,8 @@ def define_config() -> flags.FlagHolder:
 def _with_found_config(argument: str) -> str:
     for prefix in ("--config=", "-config="):
         if argument.startswith(prefix):
-            return prefix + find_config(argument.removeprefix(prefix))
+            path, colon, variant = argument.removeprefix(prefix).partition(":")
+            return f"{prefix}{find_config(path)}{colon}{variant}"
     return argument
 
 
@@ -101,6 +77,8 @@ def _parse(arguments: list[str]) -> list[str]:
 
 
 def _guarded(main: Callable[[], None]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
     try:
         main()
     except USER_ERRORS as error:

@@ -12,7 +12,7 @@ import sys
 from absl import flags
 
 from realjax.cli import flags as cli_flags
-from realjax.runtime.stages import run_config
+from realjax.runtime.recipe import train
 
 CONFIG = cli_flags.define_config()
 WORKDIR = flags.DEFINE_string(
@@ -29,8 +29,8 @@ def main() -> None:
     cli_flags.use_cpu_devices(config.get("cpu_devices", 0))
     file = next(a for a in sys.argv if a.lstrip("-").startswith("config="))
     name = pathlib.Path(file.partition("=")[2].partition(":")[0]).stem
-    is_finished = run_config(config, pathlib.Path(WORKDIR.value or f"runs/{name}"))
-    if not is_finished:
+    result = train(config, pathlib.Path(WORKDIR.value or f"runs/{name}"))
+    if not result.is_finished:
         sys.exit(130)
 
 

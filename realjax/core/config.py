@@ -102,7 +102,7 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
         )
 
 
-def _call(make, path: str, *args, **kwargs):
+def _call(make, path: str, /, *args, **kwargs):
     """`make(…)`, with the path before the text of an error."""
     try:
         return make(*args, **kwargs)

@@ -150,6 +150,11 @@ class Dataset:
             self.prompt_width = _round_up(longest_prompt)
             self.row_width = _round_up(max(record.length for record in records))
 
+    @property
+    def length_buckets(self) -> tuple[int, ...]:
+        """Widths that its batches of prompts may have."""
+        return self._buckets
+
     def __len__(self) -> int:
         """Number of records kept."""
         return len(self._records)

@@ -10,4 +10,12 @@ from realjax.functions.function import (
     is_filtered,
 )
 
-__all__ = ["Function", "Generate", "Infer", "Score", "Train", "Transform", "is_filtered"]
+__all__ = [
+    "Function",
+    "Generate",
+    "Infer",
+    "Score",
+    "Train",
+    "Transform",
+    "is_filtered",
+]

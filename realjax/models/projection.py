@@ -21,7 +21,9 @@ def project(
     the product. This one is (input x cotangent), which needs no transpose.
     """
     last = tuple(range(x.ndim - num_contracted, x.ndim))
-    return jax.lax.dot_general(x, kernel, ((last, tuple(range(num_contracted))), ((), ())))
+    return jax.lax.dot_general(
+        x, kernel, ((last, tuple(range(num_contracted))), ((), ()))
+    )
 
 
 def _project_forward(x: Array, kernel: Array, num_contracted: int):

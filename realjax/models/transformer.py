@@ -78,7 +78,8 @@ def abstract_parameters(config: ModelConfig) -> PyTree:
         "final_norm": {"scale": Parameter((width,), ("norm",))},
     }
     if config.head == "scalar":
-        tree["score"] = {"kernel": Parameter((width, 1), ("embed", None))}
+        # Cut by width it would cut the hidden states, which are not.
+        tree["score"] = {"kernel": Parameter((width, 1), ("norm", None))}
     elif not config.tie_embeddings:
         tree["head"] = {
             "kernel": Parameter((width, config.vocab_size), ("embed", "vocab"))

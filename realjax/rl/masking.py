@@ -3,7 +3,7 @@
 What lies outside a mask is never looked at: it may be infinite or NaN.
 """
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Mean(NamedTuple):
         cls,
         x: Float[Array, "*dims"] | Bool[Array, "*dims"],
         mask: Bool[Array, "*dims"] | Float[Array, "*dims"],
-    ) -> Self:
+    ) -> "Mean":
         """Weigh `x` by the mask: true and false, or a float32 weight per element."""
         return cls(total=masked_sum(x, mask), weight=jnp.sum(mask, dtype=jnp.float32))
 

@@ -52,7 +52,7 @@ def evaluate(run: Run, executor: Executor, console: Console, when: str) -> Evalu
             count = float(np.sum(batch.ids >= 0))
             for name, parts in metrics.items():
                 totals.setdefault(name, []).extend(
-                    part if isinstance(part, Mean) else Mean(part, count)
+                    part if isinstance(part, Mean) else Mean(part * count, count)
                     for part in parts
                 )
             if len(samples) < run.config.evaluation.num_samples:

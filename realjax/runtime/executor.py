@@ -449,7 +449,7 @@ def completion_texts(
 
 def _completion_metrics(lengths, prompt_lengths, is_truncated) -> Metrics:
     real = prompt_lengths > 0
-    completions, count = (lengths - prompt_lengths)[real], max(int(real.sum()), 1)
+    completions = (lengths - prompt_lengths)[real]
     return {
         "completions/mean_length": [float(completions.mean())],
         "completions/min_length": [float(completions.min())],
@@ -457,8 +457,6 @@ def _completion_metrics(lengths, prompt_lengths, is_truncated) -> Metrics:
         "completions/clipped_ratio": [float(is_truncated[real].mean())],
         "prompts/mean_length": [float(prompt_lengths[real].mean())],
         "val/num_eos_tokens": [float((~is_truncated[real]).sum())],
-        "perf/generated_tokens": [float(completions.sum())],
-        "perf/completions": [float(count)],
     }
 
 

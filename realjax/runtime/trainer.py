@@ -13,11 +13,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from realjax.core import metrics as metrics_lib
 from realjax.core.arrays import PyTree
-from realjax.core.config import to_dataclass
 from realjax.core.timing import Rate
 from realjax.data.loader import Loader
 from realjax.dataflow.draw import graph_svg
@@ -25,13 +23,14 @@ from realjax.functions.function import Generate
 from realjax.functions.train import TrainState
 from realjax.models import hf
 from realjax.runtime import report
-from realjax.runtime.checkpoint import Checkpointer, claim_workdir
+from realjax.runtime.checkpoint import Checkpointer
 from realjax.runtime.console import Console
 from realjax.runtime.evaluation import Evaluation, evaluate
 from realjax.runtime.executor import Executor, to_numbers
 from realjax.runtime.model import Model
 from realjax.runtime.profile import Profiler
 from realjax.runtime.run import Run, RunConfig, load_parameters, prepare
+from realjax.runtime.workdir import claim_workdir
 
 WARM_UP_STEPS = 2
 """Steps that compile; left out of medians."""
@@ -59,7 +58,7 @@ class TrainResult:
 
 
 def train(
-    config: RunConfig | ConfigDict,
+    config: RunConfig,
     workdir: str | pathlib.Path,
     *,
     algorithm: Any = None,
@@ -79,7 +78,7 @@ def train(
             before anything compiles.
         NonFiniteError: training diverged; the last checkpoint is untouched.
     """
-    run = prepare(to_dataclass(RunConfig, config), algorithm)
+    run = prepare(config, algorithm)
     trainer = Trainer(run, pathlib.Path(workdir), console or Console())
     try:
         return trainer.train()

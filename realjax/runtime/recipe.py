@@ -1,0 +1,194 @@
+"""What a config file says: a run or several in a row, and what has to be made first.
+
+    config.paths.folder = ""            set by --config.paths.folder=…
+    config.data.path = "{folder}/train.jsonl"
+    config.stages.ppo.roles.policy.path = "{workdir}/sft/export/policy"
+
+"{workdir}" stands for the folder of the whole, so that a stage finds another's export.
+"""
+
+import importlib.util
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import realjax
+from realjax.core.config import suggest, to_dataclass
+from realjax.data import reviews
+from realjax.data.datasets import load_records
+from realjax.data.tokenizer import Tokenizer
+from realjax.dataflow.graph import DataflowGraph
+from realjax.dataflow.plan import ExecutionPlan
+from realjax.runtime import run as run_lib
+from realjax.runtime import trainer
+from realjax.runtime.console import Console
+from realjax.runtime.run import RunConfig
+from realjax.runtime.trainer import TrainResult
+
+CORPORA = {"reviews": reviews.write_reviews}
+"""Data that the package makes itself, by the name in `config.corpus`."""
+
+_PACKAGE = pathlib.Path(realjax.__file__).parent
+CONFIG_FOLDERS = (_PACKAGE / "_configs", _PACKAGE.parent / "configs")
+"""Where configs are shipped: in an installed package, or beside it in a checkout."""
+
+
+def find_config(path: str) -> pathlib.Path:
+    """A config file beside the caller, or the shipped one of the same name.
+
+    Raises:
+        FileNotFoundError: naming the shipped configs.
+    """
+    name = pathlib.Path(path).name
+    for candidate in (pathlib.Path(path), *(f / name for f in CONFIG_FOLDERS)):
+        if candidate.is_file():
+            return candidate
+    known = sorted({p.name for f in CONFIG_FOLDERS for p in f.glob("*.py")})
+    raise FileNotFoundError(
+        f"There is no config {path!r}. {suggest(name, known)} Shipped: "
+        f"{', '.join(known)}."
+    )
+
+
+def load_config(path: str) -> ConfigDict:
+    """The config of a file, as the command line reads it.
+
+    Args:
+        path: as in "configs/ppo.py", or "configs/ppo.py:debug" for a variant.
+    """
+    path, _, variant = path.partition(":")
+    file = find_config(path)
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant)
+
+
+def train(
+    config: Any,
+    workdir: str | pathlib.Path,
+    *,
+    algorithm: Any = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Runs a config, or goes on with it where the folder already holds the run.
+
+    Args:
+        config: of a run, or of several in `stages`. Besides, `paths` names folders,
+            `corpus` data to make in `workdir/data`, `new_tokenizer` the vocabulary of
+            one to train on the data into `workdir/tokenizer`; `cpu_devices` is for the
+            command line.
+        workdir: folder of checkpoints, exports, metrics and reports.
+        algorithm: module or object with `graph` and `HYPERPARAMETERS`; by default the
+            one that `config.algorithm` names.
+        console: where progress is shown.
+
+    Returns:
+        What the run left; of several, the last one that ran.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: the config or the data is wrong; found
+            before anything compiles.
+        NonFiniteError: training diverged; the last checkpoint is untouched.
+    """
+    console, workdir = console or Console(), pathlib.Path(workdir)
+    if isinstance(config, RunConfig):
+        return trainer.train(config, workdir, algorithm=algorithm, console=console)
+    values = _filled(_values(config), workdir)
+    corpus, vocab_size = values.pop("corpus", ""), values.pop("new_tokenizer", 0)
+    stages = values.pop("stages", None) or {"": values}
+    configs = {k: to_dataclass(RunConfig, v) for k, v in stages.items()}
+    if corpus:
+        _corpus(corpus)(workdir / "data")
+    if vocab_size and not (workdir / "tokenizer").exists():
+        records = load_records(next(iter(configs.values())).data.path)
+        texts = [text for record in records for text in _texts(record)]
+        Tokenizer.train(texts, vocab_size=vocab_size).save(workdir / "tokenizer")
+    result = None
+    for name, one in configs.items():
+        if name:
+            console.rule(name)
+        result = trainer.train(
+            one, workdir / name, algorithm=algorithm, console=console
+        )
+        if not result.is_finished:
+            break
+    assert result is not None
+    return result
+
+
+def plan(config: Any, cluster: int | None = None) -> ExecutionPlan:
+    """The execution plan that a config would run with; of stages, the last one's.
+
+    Args:
+        config: of a run, or of several in `stages`.
+        cluster: number of devices; by default those of this machine.
+    """
+    return run_lib.plan(_last_run(config), cluster)
+
+
+def graph(config: Any) -> DataflowGraph:
+    """The dataflow graph of a config; of stages, the last one's."""
+    return run_lib.make_graph(_last_run(config))
+
+
+def _last_run(config: Any) -> RunConfig:
+    if isinstance(config, RunConfig):
+        return config
+    values = _values(config)
+    for name in ("corpus", "new_tokenizer", "paths"):
+        values.pop(name, None)
+    stages = values.pop("stages", None) or {"": values}
+    return to_dataclass(RunConfig, list(stages.values())[-1])
+
+
+def _values(config: Any) -> dict[str, Any]:
+    values = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    values.pop("cpu_devices", None)
+    return values
+
+
+def _corpus(name: str):
+    if name not in CORPORA:
+        raise ValueError(
+            f"config.corpus={name!r}; the package makes {', '.join(CORPORA)}."
+        )
+    return CORPORA[name]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string of a record."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+
+
+def _filled(values: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+    """The values with "{name}" replaced by a path in every string."""
+    paths = {"workdir": str(workdir), **values.pop("paths", {})}
+
+    def fill(value: Any, where: str) -> Any:
+        if isinstance(value, str):
+            for name, path in paths.items():
+                if "{" + name + "}" in value and not path:
+                    raise ValueError(
+                        f"{where} is {value!r}, and config.paths.{name} is not set: "
+                        f"--config.paths.{name}=FOLDER."
+                    )
+                value = value.replace("{" + name + "}", path)
+            return value
+        if isinstance(value, dict):
+            return {k: fill(v, f"{where}.{k}") for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(fill(item, where) for item in value)
+        return value
+
+    return fill(values, "config")
