@@ -1,14 +1,16 @@
 """PPO on GSM8K's problems, scored by a reward model or by the exact answer.
 
     python -m realjax.cli.train --config=configs/gsm8k_ppo.py \
-        --config.paths.folder=FOLDER --config.paths.policy=runs/gsm8k/sft/export/policy \
+        --config.paths.folder=FOLDER \
+        --config.paths.policy=runs/gsm8k/sft/export/policy \
         --config.paths.reward=runs/gsm8k/reward_model/export/reward \
         --workdir=runs/gsm8k/ppo
-    python -m realjax.cli.train --config=configs/gsm8k_ppo.py:exact …   (no reward model)
+    python -m realjax.cli.train --config=configs/gsm8k_ppo.py:exact …
+
     python -m realjax.cli.train --config=configs/gsm8k_ppo.py:debug
 
 FOLDER holds prompts.jsonl with {prompt, answer}; the answer is the final number. The
-last 256 prompts are held out.
+last 256 prompts are held out. `:exact` scores by the answer and needs no reward model.
 """
 
 from ml_collections import ConfigDict

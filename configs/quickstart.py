@@ -51,13 +51,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.corpus = "reviews"
     config.cpu_devices = 8
-    config.stages = ConfigDict(
-        {
-            "sft": sft(is_debug),
-            "reward_model": reward_model(is_debug),
-            "ppo": ppo(is_debug),
-        }
-    )
+    config.stages = ("sft", "reward_model", "ppo")
+    config.sft = sft(is_debug)
+    config.reward_model = reward_model(is_debug)
+    config.ppo = ppo(is_debug)
     return config
 
 

@@ -46,10 +46,8 @@ def attention(
     num_tokens = query.shape[1]
     places = jnp.arange(num_tokens, dtype=jnp.int32)
     visibility = reference.Visibility(segment_ids, segment_ids, places, places)
-    chosen = _choose(implementation, num_tokens)
-    return chosen(
-        query, key, value, visibility, causal=causal, keys=reference.TOKEN_MAJOR
-    )
+    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+    return _attend(query, key, value, visibility, causal, implementation)
 
 
 def cached_attention(
@@ -87,10 +85,31 @@ def cached_attention(
         query_places=places,
         key_places=slots,
     )
-    chosen = _choose(implementation, num_tokens)
-    return chosen(
-        query, keys, values, visibility, causal=True, keys=reference.HEAD_MAJOR
-    )
+    keys, values = keys.astype(query.dtype), values.astype(query.dtype)
+    return _attend(query, keys, values, visibility, True, implementation)
+
+
+def _attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    visibility: reference.Visibility,
+    causal: bool,
+    implementation: str | None,
+) -> Array:
+    """Group the query heads by their key head, attend, and put them back."""
+    batch, num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[1]
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"{num_heads} query heads do not split over {num_kv_heads} key heads. The"
+            " number of query heads must be a multiple."
+        )
+    attend = _choose(implementation, num_tokens)
+    split = (batch, num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    query_BNGTK = jnp.transpose(query.reshape(split), (0, 2, 3, 1, 4))
+    out_BNGTK = attend(query_BNGTK, key, value, visibility, causal)
+    return jnp.transpose(out_BNGTK, (0, 3, 1, 2, 4)).reshape(query.shape)
 
 
 def _choose(implementation: str | None, num_tokens: int):

@@ -1,12 +1,15 @@
 """Attention in XLA: dense for short rows, by blocks for long ones.
 
-Both group the G = H / N query heads of a key head, so keys are never repeated:
+Arrays lie heads first, and the G = H / N query heads of a key head are one more
+dimension, so keys are never repeated and every product is of whole matrices:
 
-    query [B, T, N, G, K] · key [B, S, N, K] -> scores [B, N, G, T, S]
+    query [B, N, G, T, K] · key [B, N, S, K] -> scores [B, N, G, T, S]
 
-`blocked` maps over blocks of queries and scans over blocks of keys with a running
-maximum and sum (Rabe and Staats 2021, https://arxiv.org/abs/2112.05682); both loops
-are checkpointed, so no array of T x S exists, forward or backward.
+Both forms keep only their inputs, the output and the logarithm of each query's sum for
+the backward pass, which computes the weights anew (Dao et al. 2022,
+https://arxiv.org/abs/2205.14135, appendix B.2). `blocked` maps over blocks of queries
+and scans over blocks of keys with a running maximum and sum, so no array of T x S
+exists, forward or backward.
 """
 
 import functools
@@ -14,171 +17,275 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
-
-# Where the axes of keys and values lie, in einsum letters: batch, s (place), n (key
-# head), k (head width).
-TOKEN_MAJOR = "bsnk"  # Of the rows of a batch.
-HEAD_MAJOR = "bnsk"  # Of a cache.
+from jaxtyping import Array, Float, Int
 
 QUERY_BLOCK = 256
 KEY_BLOCK = 512
-NOT_VISIBLE = -1e30
+
+# Added to the scores of keys out of sight: finite, so that nothing is ever NaN, and so
+# low that a float32 score added to it is lost. A query that sees nothing in the first
+# blocks gathers weights of 1 there, which the first key it does see shrinks to 0.
+OUT_OF_SIGHT = -1e30
 
 
 class Visibility(NamedTuple):
-    """A query sees a key of its own segment, and if causal of no later place."""
+    """A query sees a key of its own segment and, if causal, of no later place."""
 
     query_segments: Int[Array, "B T"]
     key_segments: Int[Array, "B S"]
     query_places: Int[Array, " T"]
     key_places: Int[Array, " S"]
 
-    def mask(self, causal: bool) -> Bool[Array, "B 1 1 T S"]:
-        """Return who sees whom."""
-        mask_BTS = self.query_segments[:, :, None] == self.key_segments[:, None, :]
+    def bias(self, causal: bool) -> Float[Array, "B 1 1 T S"]:
+        """Return 0 where a query sees a key, `OUT_OF_SIGHT` elsewhere.
+
+        XLA adds a bias to scores much faster on CPU than it selects by a mask.
+        """
+        sees_BTS = self.query_segments[:, :, None] == self.key_segments[:, None, :]
         if causal:
             before_TS = self.query_places[:, None] >= self.key_places[None, :]
-            mask_BTS = mask_BTS & before_TS[None]
-        return mask_BTS[:, None, None]
+            sees_BTS = sees_BTS & before_TS[None]
+        bias_BTS = jnp.where(sees_BTS, 0, OUT_OF_SIGHT).astype(jnp.float32)
+        return bias_BTS[:, None, None]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def dense(
-    query: Float[Array, "B T H K"],
-    key: Float[Array, "B _ _ K"],
-    value: Float[Array, "B _ _ K"],
+    query: Float[Array, "B N G T K"],
+    key: Float[Array, "B N S K"],
+    value: Float[Array, "B N S K"],
     visibility: Visibility,
-    *,
     causal: bool,
-    keys: str,
-) -> Float[Array, "B T H K"]:
+) -> Float[Array, "B N G T K"]:
     """Attend with all scores of a row at once."""
-    query_BTNGK = _group(query, key, keys)
-    scores_BNGTS = _scores(query_BTNGK, key, keys)
-    scores_BNGTS = jnp.where(visibility.mask(causal), scores_BNGTS, NOT_VISIBLE)
-    weights_BNGTS = jax.nn.softmax(scores_BNGTS, axis=-1).astype(value.dtype)
-    out = jnp.einsum(f"bngts,{keys}->btngk", weights_BNGTS, value)
-    return out.reshape(query.shape).astype(query.dtype)
+    return _dense_forward(query, key, value, visibility, causal)[0]
 
 
-def _group(query: Array, key: Array, keys: str) -> Array:
-    """Split the query heads by the key head they read."""
-    batch, num_tokens, num_heads, head_dim = query.shape
-    num_kv_heads = key.shape[keys.index("n")]
-    shape = (batch, num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    return query.reshape(shape)
+def _dense_forward(query, key, value, visibility, causal):
+    state = _add_keys(_nothing_seen(query), query, key, value, visibility.bias(causal))
+    out, log_total = _finish(state, query.dtype)
+    return out, (query, key, value, visibility, out, log_total)
 
 
-def _scores(query_BTNGK: Array, key: Array, keys: str) -> Array:
-    """Return query · key / sqrt(K) as float32, [B, N, G, T, S]."""
-    return jnp.einsum(
-        f"btngk,{keys}->bngts",
-        query_BTNGK * query_BTNGK.shape[-1] ** -0.5,
-        key.astype(query_BTNGK.dtype),
-        preferred_element_type=jnp.float32,
+def _dense_backward(causal, saved, out_bar):
+    query, key, value, visibility, out, log_total = saved
+    weighted = _weighted(out, out_bar)
+    bars = _gradients(
+        query, key, value, visibility.bias(causal), log_total, weighted, out_bar
+    )
+    query_bar, key_bar, value_bar = bars
+    return (
+        query_bar.astype(query.dtype),
+        key_bar.astype(key.dtype),
+        value_bar.astype(value.dtype),
+        None,
     )
 
 
+dense.defvjp(_dense_forward, _dense_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def blocked(
-    query: Float[Array, "B T H K"],
-    key: Float[Array, "B _ _ K"],
-    value: Float[Array, "B _ _ K"],
+    query: Float[Array, "B N G T K"],
+    key: Float[Array, "B N S K"],
+    value: Float[Array, "B N S K"],
     visibility: Visibility,
-    *,
     causal: bool,
-    keys: str,
-) -> Float[Array, "B T H K"]:
+) -> Float[Array, "B N G T K"]:
     """Attend block by block; equal to `dense` up to rounding."""
-    batch, num_tokens = query.shape[:2]
-    query_BTNGK = _group(query, key, keys)
-    axis = keys.index("s")
-    # Padding belongs to segments nobody is in: keys to -1, queries to -2.
-    query_blocks = (
-        _blocks(query_BTNGK, 1, QUERY_BLOCK),
-        _blocks(visibility.query_segments, 1, QUERY_BLOCK, fill=-2),
-        _blocks(visibility.query_places, 0, QUERY_BLOCK),
+    return _blocked_forward(query, key, value, visibility, causal)[0]
+
+
+def _blocked_forward(query, key, value, visibility, causal):
+    keys = _key_blocks(key, value, visibility)
+
+    def attend(block: tuple) -> tuple[Array, Array]:
+        query, segments, places = block
+
+        def step(state: State, block: tuple) -> tuple[State, None]:
+            key, value, key_segments, key_places = block
+            sight = Visibility(segments, key_segments, places, key_places)
+            return _add_keys(state, query, key, value, sight.bias(causal)), None
+
+        state, _ = jax.lax.scan(step, _nothing_seen(query), keys)
+        return _finish(state, query.dtype)
+
+    out, log_total = jax.lax.map(attend, _query_blocks(query, visibility))
+    out = _joined(out, 3, query.shape[3])
+    log_total = _joined(log_total, 3, query.shape[3])
+    return out, (query, key, value, visibility, out, log_total)
+
+
+def _blocked_backward(causal, saved, out_bar):
+    query, key, value, visibility, out, log_total = saved
+    rows = (log_total, _weighted(out, out_bar), out_bar)
+    queries = (
+        *_query_blocks(query, visibility),
+        *(_split(x, 3, QUERY_BLOCK) for x in rows),
     )
-    key_blocks = (
-        _blocks(key, axis, KEY_BLOCK),
-        _blocks(value, axis, KEY_BLOCK),
-        _blocks(visibility.key_segments, 1, KEY_BLOCK, fill=-1),
-        _blocks(visibility.key_places, 0, KEY_BLOCK),
+    keys = _key_blocks(key, value, visibility)
+
+    def query_step(key_bars: tuple[Array, Array], block: tuple):
+        query, segments, places, *rows = block
+
+        def key_step(query_bar: Array, block: tuple):
+            (key, value, key_segments, key_places), (key_bar, value_bar) = block
+            sight = Visibility(segments, key_segments, places, key_places)
+            more = _gradients(query, key, value, sight.bias(causal), *rows)
+            return query_bar + more[0], (key_bar + more[1], value_bar + more[2])
+
+        query_bar = jnp.zeros(query.shape, jnp.float32)
+        query_bar, key_bars = jax.lax.scan(key_step, query_bar, (keys, key_bars))
+        return key_bars, query_bar
+
+    zeros = jnp.zeros(keys[0].shape, jnp.float32)
+    key_bars, query_bar = jax.lax.scan(query_step, (zeros, zeros), queries)
+    return (
+        _joined(query_bar, 3, query.shape[3]).astype(query.dtype),
+        _joined(key_bars[0], 2, key.shape[2]).astype(key.dtype),
+        _joined(key_bars[1], 2, value.shape[2]).astype(value.dtype),
+        None,
     )
 
-    @jax.checkpoint
-    def attend(query_block: tuple[Array, Array, Array]) -> Array:
-        query, query_segments, query_places = query_block
-        step = functools.partial(
-            _add_key_block,
-            query,
-            query_segments,
-            query_places,
-            causal=causal,
-            keys=keys,
-        )
-        shape_BNGQ = (batch, *query.shape[2:4], query.shape[1])
-        running = Running(
-            maximum=jnp.full(shape_BNGQ, NOT_VISIBLE, jnp.float32),
-            total=jnp.zeros(shape_BNGQ, jnp.float32),
-            weighted=jnp.zeros((*shape_BNGQ, query.shape[-1]), jnp.float32),
-        )
-        running, _ = jax.lax.scan(jax.checkpoint(step), running, key_blocks)
-        # A query of padding saw nothing: its total is 0.
-        total = jnp.where(running.total > 0, running.total, 1)
-        out_BNGQK = running.weighted / total[..., None]
-        return jnp.transpose(out_BNGQK, (0, 3, 1, 2, 4)).astype(query.dtype)
 
-    out_blocks = jax.lax.map(attend, query_blocks)
-    out = jnp.moveaxis(out_blocks, 0, 1).reshape(batch, -1, *query.shape[2:])
-    return out[:, :num_tokens]
+blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-class Running(NamedTuple):
-    """What a block of queries knows after some blocks of keys; all float32."""
+class State(NamedTuple):
+    """What queries know after the keys they have met so far; all float32."""
 
-    maximum: Float[Array, "B N G Q"]
-    total: Float[Array, "B N G Q"]
-    weighted: Float[Array, "B N G Q K"]
+    maximum: Float[Array, "B N G T 1"]  # Of the scores.
+    total: Float[Array, "B N G T 1"]  # Of exp(score - maximum).
+    weighted: Float[Array, "B N G T K"]  # Sum of exp(score - maximum) x value.
 
 
-def _add_key_block(
+def _nothing_seen(query: Array) -> State:
+    column = (*query.shape[:4], 1)
+    return State(
+        maximum=jnp.full(column, OUT_OF_SIGHT, jnp.float32),
+        total=jnp.zeros(column, jnp.float32),
+        weighted=jnp.zeros(query.shape, jnp.float32),
+    )
+
+
+def _scores(query: Array, key: Array, bias: Array) -> Array:
+    """Return query · key / sqrt(K) + bias, float32 [B, N, G, T, S]."""
+    return _times(query, key, "bnik,bnjk->bnij") * query.shape[-1] ** -0.5 + bias
+
+
+def _times(x: Array, y: Array, equation: str) -> Array:
+    """Multiply [B, N, G, T, ·] by [B, N, ·, ·] with G and T as one dimension.
+
+    So written, each product is a batch of plain matrix products.
+    """
+    groups = x.shape[2:4]
+    merged = x.reshape(*x.shape[:2], -1, x.shape[-1])
+    product = jnp.einsum(equation, merged, y, preferred_element_type=jnp.float32)
+    return product.reshape(*x.shape[:2], *groups, -1)
+
+
+def _add_keys(
+    state: State, query: Array, key: Array, value: Array, bias: Array
+) -> State:
+    """Meet some more keys and values."""
+    scores = _scores(query, key, bias)
+    maximum = jnp.maximum(state.maximum, scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - maximum)
+    shrink = jnp.exp(state.maximum - maximum)
+    update = _times(weights.astype(value.dtype), value, "bnij,bnjk->bnik")
+    return State(
+        maximum=maximum,
+        total=state.total * shrink + weights.sum(axis=-1, keepdims=True),
+        weighted=state.weighted * shrink + update,
+    )
+
+
+def _finish(state: State, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Return the output and the logarithm of the sum of exp(score)."""
+    out = (state.weighted / state.total).astype(dtype)
+    return out, state.maximum + jnp.log(state.total)
+
+
+def _weighted(out: Array, out_bar: Array) -> Array:
+    """Return sum_s weight_s x the cotangent of weight_s, float32 [B, N, G, T, 1]."""
+    product = out.astype(jnp.float32) * out_bar.astype(jnp.float32)
+    return product.sum(axis=-1, keepdims=True)
+
+
+def _gradients(
     query: Array,
-    query_segments: Array,
-    query_places: Array,
-    running: Running,
-    key_block: tuple[Array, Array, Array, Array],
-    *,
-    causal: bool,
-    keys: str,
-) -> tuple[Running, None]:
-    """Take one block of keys and values into the running softmax."""
-    key, value, key_segments, key_places = key_block
-    visibility = Visibility(query_segments, key_segments, query_places, key_places)
-    mask = visibility.mask(causal)
-    scores = jnp.where(mask, _scores(query, key, keys), NOT_VISIBLE)
-    maximum = jnp.maximum(running.maximum, scores.max(axis=-1))
-    # Where nothing was visible so far the maximum is NOT_VISIBLE itself and every
-    # exponent 0: the mask keeps those ones out of the sums.
-    weights = jnp.where(mask, jnp.exp(scores - maximum[..., None]), 0)
-    shrink = jnp.exp(running.maximum - maximum)
-    update = jnp.einsum(
-        f"bngts,{keys}->bngtk",
-        weights.astype(value.dtype),
-        value,
+    key: Array,
+    value: Array,
+    bias: Array,
+    log_total: Array,
+    weighted: Array,
+    out_bar: Array,
+) -> tuple[Array, Array, Array]:
+    """Return the cotangents of query, key and value, float32.
+
+    weight_bar = out_bar · value,  score_bar = weight x (weight_bar - weighted)
+    """
+    weights = jnp.exp(_scores(query, key, bias) - log_total)
+    weight_bar = _times(out_bar, value, "bnik,bnjk->bnij")
+    scores_bar = weights * (weight_bar - weighted) * query.shape[-1] ** -0.5
+    scores_bar = scores_bar.astype(query.dtype)
+    return (
+        _times(scores_bar, key, "bnij,bnjk->bnik"),
+        _transposed_times(scores_bar, query),
+        _transposed_times(weights.astype(out_bar.dtype), out_bar),
+    )
+
+
+def _transposed_times(matrix: Array, x: Array) -> Array:
+    """Sum matrix [B, N, G, T, S] x [B, N, G, T, K] over G and T: [B, N, S, K].
+
+    XLA would transpose the matrix, K times as large as `x`, to make a plain product of
+    this; the barriers have it transpose `x` and the product instead.
+    """
+    batch = matrix.shape[:2]
+    x_BNKI = jnp.swapaxes(x.reshape(*batch, -1, x.shape[-1]), 2, 3)
+    product_BNKS = jnp.einsum(
+        "bnki,bnij->bnkj",
+        jax.lax.optimization_barrier(x_BNKI),
+        matrix.reshape(*batch, -1, matrix.shape[-1]),
         preferred_element_type=jnp.float32,
     )
-    return Running(
-        maximum=maximum,
-        total=running.total * shrink + weights.sum(axis=-1),
-        weighted=running.weighted * shrink[..., None] + update,
-    ), None
+    return jnp.swapaxes(jax.lax.optimization_barrier(product_BNKS), 2, 3)
 
 
-def _blocks(x: Array, axis: int, size: int, fill: int = 0) -> Array:
-    """Split an axis into blocks, padded with `fill`; the blocks come first."""
+def _query_blocks(query: Array, visibility: Visibility) -> tuple[Array, ...]:
+    return (
+        _split(query, 3, QUERY_BLOCK),
+        _split(visibility.query_segments, 1, QUERY_BLOCK, padding=-2),
+        _split(visibility.query_places, 0, QUERY_BLOCK),
+    )
+
+
+def _key_blocks(key: Array, value: Array, visibility: Visibility) -> tuple[Array, ...]:
+    return (
+        _split(key, 2, KEY_BLOCK),
+        _split(value, 2, KEY_BLOCK),
+        _split(visibility.key_segments, 1, KEY_BLOCK, padding=-1),
+        _split(visibility.key_places, 0, KEY_BLOCK),
+    )
+
+
+def _split(x: Array, axis: int, size: int, padding: int = 0) -> Array:
+    """Split an axis into padded blocks, which become the first axis.
+
+    Padding of queries and of keys is in segments of its own: -2 and -1.
+    """
     count = -(-x.shape[axis] // size)
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, count * size - x.shape[axis])
-    padded = jnp.pad(x, padding, constant_values=fill)
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, count * size - x.shape[axis])
+    padded = jnp.pad(x, widths, constant_values=padding)
     shape = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
     return jnp.moveaxis(padded.reshape(shape), axis, 0)
+
+
+def _joined(blocks: Array, axis: int, length: int) -> Array:
+    """Undo `_split`."""
+    x = jnp.moveaxis(blocks, 0, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(x, 0, length, axis=axis)

@@ -1,11 +1,12 @@
-"""A quick bench of one device: SFT, generation and PPO with a 5-million-parameter Llama.
+"""A quick bench of one device: SFT, generation and PPO of a small Llama.
 
     python -m realjax.bench.quick
 
-Vocabulary 4096, width 256, 4 layers, 8 heads, 4 key and value heads, float32; SFT on
-8 x 256 tokens; generation of 64 tokens after 16 prompts of 64; PPO of the same size
-with a reference, a reward model and a critic. Two processes measure one after the
-other: the first starts from an empty compilation cache, the second finds it filled.
+Five million parameters: vocabulary 4096, width 256, 4 layers, 8 heads, 4 key and value
+heads, float32. SFT on 8 x 256 tokens; generation of 64 tokens after 16 prompts of 64;
+PPO of the same size with a reference, a reward model and a critic. Two processes
+measure one after the other: the first starts from an empty compilation cache, the
+second finds it filled.
 The last line is one JSON object: medians, and the spread over the repetitions.
 """
 
@@ -39,7 +40,7 @@ from realjax.rl.sampling import Sampling
 from realjax.runtime.executor import Executor
 from realjax.runtime.parameters import ParameterStore
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 4096,
     "width": 256,
     "num_layers": 4,
@@ -61,7 +62,7 @@ def make_executor(graph: DataflowGraph, width: int, texts: Tokenizer) -> Executo
         name: Role(
             name=name,
             config=RoleConfig(),
-            model=ModelConfig(**SIZES, head=heads.get(name, "scalar")),
+            model=ModelConfig(**SIZES | {"head": heads.get(name, "scalar")}),
             eos_ids=NO_EOS,
             dtype="float32",
             is_trained=name in graph.trained_roles,
@@ -201,7 +202,7 @@ def child(repetitions: int, cache: str) -> dict[str, Any]:
 
 def main() -> None:
     """Two processes, then one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,8 +1,7 @@
 """Samples completions of a checkpoint's model, as JSON Lines.
 
-    python -m realjax.cli.sample --model=runs/sft/export/policy --prompts=prompts.jsonl \
-        --output=completions.jsonl --n=4 --temperature=0.8
-    echo "The kettle arrived on Monday and" | python -m realjax.cli.sample --model=…
+python -m realjax.cli.sample --model=FOLDER --prompts=prompts.jsonl --n=4
+echo "The kettle arrived and" | python -m realjax.cli.sample --model=FOLDER
 """
 
 import dataclasses

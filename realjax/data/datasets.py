@@ -39,7 +39,8 @@ class DataConfig:
 
     Attributes:
         path: Training records, .jsonl or .json.
-        valid_path: Held-out records; empty for none.
+        valid_path: Held-out records; empty for none, or for `held_out` of `path`.
+        held_out: Last records of `path` that are held out, without a `valid_path`.
         kind: "prompt_answer", "pairs" or "prompts".
         max_length: Most tokens of prompt, completion and end together.
         max_prompt_length: Most tokens of a prompt, for the kind "prompts".
@@ -57,6 +58,7 @@ class DataConfig:
 
     path: str = ""
     valid_path: str = ""
+    held_out: int = 0
     kind: str = ""
     max_length: int = 1024
     max_prompt_length: int = 256
@@ -83,7 +85,7 @@ class DataConfig:
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)}. It must be at least 1."
                 )
-        for name in ("valid_batch_size", "valid_limit"):
+        for name in ("valid_batch_size", "valid_limit", "held_out"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)}. It must be at least 0."
@@ -281,7 +283,11 @@ def load_dataset(
         FileNotFoundError: There is no such file.
         ValueError: A record is malformed, or none is short enough.
     """
-    paths = {"train": config.path, "valid": config.valid_path}
+    is_cut = config.held_out > 0 and not config.valid_path
+    paths = {
+        "train": config.path,
+        "valid": config.path if is_cut else config.valid_path,
+    }
     if split not in paths:
         raise ValueError(f"`split` is {split!r}. Needed is one of {list(paths)}.")
     field = "path" if split == "train" else "valid_path"
@@ -298,6 +304,14 @@ def load_dataset(
     records = _tokenise(examples, tokenizer)
     kept = _keep(records, config, path)
     num_left_out = len(records) - len(kept)
+    if is_cut:
+        if len(kept) <= config.held_out:
+            raise ValueError(
+                f"{path} has {len(kept)} records that fit, and `held_out` is "
+                f"{config.held_out}. Hold out fewer, or give more records."
+            )
+        size = len(kept) - config.held_out
+        kept = kept[:size] if split == "train" else kept[size:]
     if split == "valid" and config.valid_limit:
         kept = kept[: config.valid_limit]
     return Dataset(

@@ -65,7 +65,7 @@ def graph_svg(graph: DataflowGraph, plan: ExecutionPlan | None = None) -> str:
     height = 2 * MARGIN + (tallest - 1) * ROW + BOX_HEIGHT
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" font-family="Helvetica, Arial, sans-serif">',
+        f'width="{width}" height="{height}" font-family="Helvetica, sans-serif">',
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
         'markerHeight="7" orient="auto"><path d="M0 0 8 4 0 8z" fill="#888"/></marker>'
         "</defs>",

@@ -86,8 +86,8 @@ class DataflowGraph:
             for key in node.writes:
                 if key in self._writer:
                     raise ValueError(
-                        f"Both {self._writer[key]!r} and {name!r} write {key!r}. Rename "
-                        "one of them where the call is made."
+                        f"Both {self._writer[key]!r} and {name!r} write {key!r}. "
+                        "Rename one of them where the call is made."
                     )
                 self._writer[key] = name
         self.levels()

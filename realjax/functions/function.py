@@ -39,6 +39,9 @@ bootstrap_values [B] that of the state after the last token; scores [B] the scal
 head's output at the last token.
 """
 
+GENERATED = ("tokens", "completion_mask", "old_logprobs", "is_truncated")
+"""What `Generate` always writes."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Function:
@@ -66,18 +69,17 @@ class Generate(Function):
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     completions_per_prompt: int = 1
     reads: tuple[str, ...] = ("prompts",)
-    writes: tuple[str, ...] = ("tokens", "completion_mask", "old_logprobs")
+    writes: tuple[str, ...] = dataclasses.field(init=False)
 
     def __post_init__(self):
-        """Completes `writes`; refuses a count below one."""
+        """Fills `writes` from the sampling; refuses a count below one."""
         if self.completions_per_prompt < 1:
             raise ValueError(
                 f"completions_per_prompt is {self.completions_per_prompt}; each prompt "
                 "needs at least 1."
             )
         kept = ("kept",) if is_filtered(self.sampling) else ()
-        if "is_truncated" not in self.writes:
-            object.__setattr__(self, "writes", (*self.writes, "is_truncated", *kept))
+        object.__setattr__(self, "writes", (*GENERATED, *kept))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,8 +96,8 @@ class Infer(Function):
     reads: tuple[str, ...] = ("tokens",)
 
     def __post_init__(self):
-        """Fills `writes` from the output."""
-        if not self.writes:
+        """Fills `writes` from the output, also in `dataclasses.replace(output=…)`."""
+        if not self.writes or self.writes in INFERRED.values():
             object.__setattr__(self, "writes", INFERRED[self.output])
 
 

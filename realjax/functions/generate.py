@@ -81,12 +81,7 @@ class GenerateProgram:
         self.eos_ids, self.num_rows, self.width = eos_ids, num_rows, width
         self._rows = rows_sharding(mesh, num_rows)
         self._wave = jax.jit(self._generate, out_shardings=self._rows)
-        self._join = jax.jit(
-            lambda parts, size: jax.tree.map(
-                lambda *xs: jnp.concatenate(xs)[:size], *parts
-            ),
-            static_argnums=1,
-        )
+        self._join = jax.jit(self._join_waves, static_argnums=1)
 
     def num_waves(self, num_prompts: int) -> int:
         """Waves that the completions of so many prompts take."""
@@ -103,12 +98,22 @@ class GenerateProgram:
 
         Args:
             parameters: on this mesh.
-            prompts: "prompts" [B, P] left-aligned, "lengths" [B] (0 for a padding row)
-                and "ids" [B] of the data.
+            prompts: "prompts" [B, P] left-aligned, "lengths" [B] (0 for a padding row;
+                on the host) and "ids" [B] of the data.
             key: of this call in this step.
             index: which wave. Rows in order are prompt 0's completions, prompt 1's, …
+
+        Raises:
+            ValueError: a prompt and its longest completion are wider than `width`.
         """
-        group = self.spec.completions_per_prompt
+        group, sampling = self.spec.completions_per_prompt, self.spec.sampling
+        longest = int(np.max(prompts["lengths"], initial=0))
+        if longest + sampling.max_new_tokens > self.width:
+            raise ValueError(
+                f"A prompt of {longest} tokens and a completion of up to "
+                f"{sampling.max_new_tokens} do not fit into rows of {self.width}. "
+                "Make `width` their sum, or lower max_new_tokens."
+            )
         rows = np.arange(index * self.num_rows, (index + 1) * self.num_rows)
         return self._wave(
             parameters,
@@ -126,6 +131,15 @@ class GenerateProgram:
         if len(waves) == 1 and size == self.num_rows:
             return waves[0]
         return self._join(waves, size)
+
+    def _join_waves(self, waves: list[Rollout], size: int) -> Rollout:
+        rows = rows_sharding(self.mesh, size)
+        return jax.tree.map(
+            lambda *parts: jax.lax.with_sharding_constraint(
+                jnp.concatenate(parts)[:size], rows
+            ),
+            *waves,
+        )
 
     def __call__(
         self,
@@ -197,6 +211,8 @@ class GenerateProgram:
 
     def _logits(self, parameters, hidden):
         logits = heads.logits(parameters, self.program.config, hidden)
+        # First cut as the head is: the logits are gathered, and not the head.
+        logits = self.program.constrain(logits, ("batch", "vocab"))
         return self.program.constrain(logits, ("batch", None))
 
     def _start(self, logits, cache, lengths) -> _Decoding:

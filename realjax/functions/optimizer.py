@@ -18,7 +18,8 @@ class OptimizerConfig:
         learning_rate: reached at the end of the warm-up.
         schedule: "constant", "linear" or "cosine" decay after it.
         warmup_fraction: share of all optimizer steps that warm up.
-        final_fraction: the last learning rate as a share of the first.
+        final_fraction: share of the learning rate that the decay has come down to
+            when the run has ended. The last update is one step of the decay above it.
         beta1, beta2, epsilon: of Adam.
         weight_decay: decoupled; norms and biases have none.
         clip_norm: largest global norm of a gradient; 0 turns clipping off.
@@ -40,11 +41,20 @@ class OptimizerConfig:
             raise ValueError(
                 f"schedule is {self.schedule!r}; it is one of {', '.join(SCHEDULES)}."
             )
-        if self.learning_rate < 0 or not 0 <= self.warmup_fraction <= 1:
-            raise ValueError(
-                f"learning_rate={self.learning_rate} must not be negative and "
-                f"warmup_fraction={self.warmup_fraction} must lie between 0 and 1."
-            )
+        for name, is_possible, needed in (
+            ("learning_rate", self.learning_rate >= 0, "not be negative"),
+            ("warmup_fraction", 0 <= self.warmup_fraction <= 1, "be from 0 to 1"),
+            ("final_fraction", 0 <= self.final_fraction <= 1, "be from 0 to 1"),
+            ("beta1", 0 <= self.beta1 < 1, "be at least 0 and below 1"),
+            ("beta2", 0 <= self.beta2 < 1, "be at least 0 and below 1"),
+            ("epsilon", self.epsilon > 0, "be positive"),
+            ("weight_decay", self.weight_decay >= 0, "not be negative"),
+            ("clip_norm", self.clip_norm >= 0, "be positive, or 0 for no clipping"),
+        ):
+            if not is_possible:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} of the optimizer must {needed}."
+                )
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
@@ -58,6 +68,11 @@ def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.S
         config: the shape of the schedule.
         num_updates: optimizer steps in the whole run: steps × epochs × minibatches.
     """
+    if num_updates < 1:
+        raise ValueError(
+            f"A run of {num_updates} optimizer steps has no learning rates; it needs "
+            "at least 1."
+        )
     warmup = round(config.warmup_fraction * num_updates)
     decay = max(num_updates - warmup, 1)
     rate, last = config.learning_rate, config.learning_rate * config.final_fraction

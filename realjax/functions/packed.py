@@ -36,7 +36,7 @@ class ModelProgram:
 
     config: ModelConfig
     dtype: str = "float32"
-    remat: str = "none"
+    remat: transformer.Remat = "none"
     constrain: Constrain = lambda x, axes: x
 
 

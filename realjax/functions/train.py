@@ -77,7 +77,9 @@ class TrainProgram:
             donate_argnums=0,
             out_shardings=(self.shardings, self._whole),
         )
-        self._measure = jax.jit(self._add_measures, donate_argnums=1)
+        self._measure = jax.jit(
+            self._add_measures, donate_argnums=1, out_shardings=self._whole
+        )
 
     def init_optimizer(self, parameters: PyTree) -> TrainState:
         """Fresh moments beside given masters."""
@@ -150,7 +152,7 @@ class TrainProgram:
 
     def _zero_sums(self, parameters, batch, packing):
         means = jax.eval_shape(self._losses, parameters, batch, packing)
-        zeros = lambda x: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
+        zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
         return jax.tree.map(zeros, parameters), jax.tree.map(zeros, means)
 
     def _add_gradients(self, parameters, sums, batch, packing):
@@ -161,7 +163,7 @@ class TrainProgram:
             return means["loss"].total, means
 
         gradients, means = jax.grad(total, has_aux=True)(parameters)
-        add = lambda a, b: a + b.astype(jnp.float32)  # noqa: E731
+        add = lambda a, b: a + b.astype(jnp.float32)
         return (
             jax.tree.map(add, gradient_sum, gradients),
             jax.tree.map(add, mean_sums, means),
@@ -202,7 +204,7 @@ def _is_adam(path: tuple[Any, ...], _: Any) -> bool:
     return any(getattr(k, "tuple_name", "") == "ScaleByAdamState" for k in path)
 
 
-def _single(value: Array) -> Mean:
+def _single(value: Any) -> Mean:
     return Mean(jnp.asarray(value, jnp.float32), jnp.float32(1.0))
 
 

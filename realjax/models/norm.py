@@ -1,5 +1,7 @@
 """Root-mean-square normalisation."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,8 +24,14 @@ class RMSNorm(nn.Module):
         """Normalise the last dimension."""
         ones = nn.initializers.ones_init()
         scale = self.param("scale", ones, (x.shape[-1],), jnp.float32)
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normal = wide * jax.lax.rsqrt(mean_square + self.epsilon)
-        scale = jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
-        return (normal * scale).astype(self.dtype)
+        return _normalize(x, scale, self.epsilon).astype(self.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(2,))
+def _normalize(x: Array, scale: Array, epsilon: float) -> Array:
+    """Keep only the inputs for the backward pass: the steps between are cheap."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normal = wide * jax.lax.rsqrt(mean_square + epsilon)
+    scale = jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
+    return normal * scale

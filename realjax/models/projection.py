@@ -33,11 +33,9 @@ def _project_forward(x: Array, kernel: Array, num_contracted: int):
 def _project_backward(num_contracted: int, saved, cotangent: Array):
     x, kernel = saved
     num_tokens_axes = x.ndim - num_contracted
-    num_features = kernel.ndim - num_contracted
     outputs = tuple(range(num_tokens_axes, cotangent.ndim))
     features = tuple(range(num_contracted, kernel.ndim))
     tokens = tuple(range(num_tokens_axes))
-    del num_features
     x_bar = jax.lax.dot_general(cotangent, kernel, ((outputs, features), ((), ())))
     kernel_bar = jax.lax.dot_general(x, cotangent, ((tokens, tokens), ((), ())))
     return x_bar, kernel_bar

@@ -144,8 +144,9 @@ class Checkpointer:
         self._is_writer = not read_only and jax.process_index() == 0
         self._saving: int | None = None
         self._saving_bytes = 0
-        if self._is_writer:
+        if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
+        if self._is_writer:
             self._remove_temporary()
         self._manager = self._make_manager()
 

@@ -7,6 +7,7 @@ training differ by the parameters alone.
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from realjax.data.loader import evaluation_batches
@@ -52,7 +53,9 @@ def evaluate(run: Run, executor: Executor, console: Console, when: str) -> Evalu
             count = float(np.sum(batch.ids >= 0))
             for name, parts in metrics.items():
                 totals.setdefault(name, []).extend(
-                    part if isinstance(part, Mean) else Mean(part * count, count)
+                    part
+                    if isinstance(part, Mean)
+                    else Mean(jnp.float32(part * count), jnp.float32(count))
                     for part in parts
                 )
             if len(samples) < run.config.evaluation.num_samples:

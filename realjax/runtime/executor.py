@@ -29,9 +29,9 @@ from realjax.functions.generate import GenerateProgram
 from realjax.functions.infer import InferProgram
 from realjax.functions.role import Role
 from realjax.functions.score import RewardWorkers
-from realjax.functions.train import TrainProgram, TrainState, minibatch_order
+from realjax.functions.train import TrainProgram, minibatch_order
 from realjax.parallel.mesh import make_mesh
-from realjax.parallel.sharding import replicated
+from realjax.parallel.sharding import replicated, rows_sharding
 from realjax.realloc.transfer import Traffic
 from realjax.rl.masking import Mean
 from realjax.runtime.parameters import ParameterStore
@@ -243,7 +243,7 @@ class Executor:
     def _transform(self, name, node, buffer, step, training) -> Metrics:
         spec: Transform = node.function
         batch = self._inputs(node, buffer, name)
-        fn = self._program(name)
+        fn = self._program(name, buffer.size)
         with self._timed(name, step) as event:
             if spec.state is None:
                 outputs, metrics = fn(batch)
@@ -308,23 +308,26 @@ class Executor:
 
     # -- programs and their inputs -----------------------------------------------
 
-    def _program(self, name: str, num_prompts: int = 0) -> Any:
-        """The compiled function of a call, made once."""
-        key = (name, num_prompts)
+    def _program(self, name: str, size: int = 0) -> Any:
+        """The compiled function of a call, made once for each size of the batch."""
+        key = (name, size)
         if key not in self._programs:
-            self._programs[key] = self._make_program(name, num_prompts)
+            self._programs[key] = self._make_program(name, size)
         return self._programs[key]
 
-    def _make_program(self, name: str, num_prompts: int) -> Any:
+    def _make_program(self, name: str, size: int) -> Any:
         node, allocation = self.graph.calls[name], self.plan.calls[name].allocation
         mesh, spec = make_mesh(allocation), node.function
         if isinstance(spec, Transform):
-            return jax.jit(spec.fn)
+            rows, whole = rows_sharding(mesh, size), replicated(mesh)
+            stateless = (rows, whole)
+            shardings = stateless if spec.state is None else (whole, *stateless)
+            return jax.jit(spec.fn, out_shardings=shardings)
         assert node.role is not None
         role = self.roles[node.role]
         model = role.program(allocation)
         if isinstance(spec, Generate):
-            rows = num_prompts * spec.completions_per_prompt
+            rows = size * spec.completions_per_prompt
             place = self.plan.calls[name]
             shards = allocation.data * allocation.fsdp
             wanted = min(place.rows or rows, rows)
@@ -420,8 +423,7 @@ class Executor:
         several = len(self.graph.trained_roles) > 1
         suffix = f"/{node.role}" if several else ""
         common = ("grad_norm", "learning_rate", "skipped", "nonfinite")
-        names = {name: name + suffix for name in common}
-        names["loss"] = spec.loss_name
+        names = {name: name + suffix for name in common} | {"loss": spec.loss_name}
         metrics: Metrics = {}
         for report in reports:
             for name, mean in report.items():
@@ -466,9 +468,9 @@ def to_numbers(metrics: Metrics) -> dict[str, float]:
     for name, parts in metrics.items():
         total = weight = 0.0
         for part in parts:
-            mean = part if isinstance(part, Mean) else Mean(part, 1.0)
-            total += float(mean.total)
-            weight += float(mean.weight)
+            is_mean = isinstance(part, Mean)
+            total += float(part.total if is_mean else part)
+            weight += float(part.weight if is_mean else 1.0)
         summed = name.split("/")[0] in ("skipped", "nonfinite")
         numbers[name] = total if summed else total / weight if weight else 0.0
     return numbers

@@ -69,4 +69,6 @@ def without_elements(leaf: Any) -> Any:
     """An array without elements, which Orbax does not store."""
     array = np.zeros(leaf.shape, leaf.dtype)
     sharding = getattr(leaf, "sharding", None)
-    return array if sharding is None else jax.device_put(array, sharding)
+    if sharding is None:
+        return array
+    return jax.make_array_from_callback(leaf.shape, sharding, array.__getitem__)

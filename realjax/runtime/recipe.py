@@ -2,7 +2,8 @@
 
     config.paths.folder = ""            set by --config.paths.folder=…
     config.data.path = "{folder}/train.jsonl"
-    config.stages.ppo.roles.policy.path = "{workdir}/sft/export/policy"
+    config.stages = ("sft", "ppo")
+    config.ppo.roles.policy.path = "{workdir}/sft/export/policy"
 
 "{workdir}" stands for the folder of the whole, so that a stage finds another's export.
 """
@@ -14,7 +15,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-import realjax
 from realjax.core.config import suggest, to_dataclass
 from realjax.data import reviews
 from realjax.data.datasets import load_records
@@ -30,7 +30,7 @@ from realjax.runtime.trainer import TrainResult
 CORPORA = {"reviews": reviews.write_reviews}
 """Data that the package makes itself, by the name in `config.corpus`."""
 
-_PACKAGE = pathlib.Path(realjax.__file__).parent
+_PACKAGE = pathlib.Path(__file__).parents[1]
 CONFIG_FOLDERS = (_PACKAGE / "_configs", _PACKAGE.parent / "configs")
 """Where configs are shipped: in an installed package, or beside it in a checkout."""
 
@@ -77,7 +77,7 @@ def train(
     """Runs a config, or goes on with it where the folder already holds the run.
 
     Args:
-        config: of a run, or of several in `stages`. Besides, `paths` names folders,
+        config: of a run, or of the several that `stages` names. `paths` names folders,
             `corpus` data to make in `workdir/data`, `new_tokenizer` the vocabulary of
             one to train on the data into `workdir/tokenizer`; `cpu_devices` is for the
             command line.
@@ -99,8 +99,7 @@ def train(
         return trainer.train(config, workdir, algorithm=algorithm, console=console)
     values = _filled(_values(config), workdir)
     corpus, vocab_size = values.pop("corpus", ""), values.pop("new_tokenizer", 0)
-    stages = values.pop("stages", None) or {"": values}
-    configs = {k: to_dataclass(RunConfig, v) for k, v in stages.items()}
+    configs = _run_configs(values)
     if corpus:
         _corpus(corpus)(workdir / "data")
     if vocab_size and not (workdir / "tokenizer").exists():
@@ -141,8 +140,24 @@ def _last_run(config: Any) -> RunConfig:
     values = _values(config)
     for name in ("corpus", "new_tokenizer", "paths"):
         values.pop(name, None)
-    stages = values.pop("stages", None) or {"": values}
-    return to_dataclass(RunConfig, list(stages.values())[-1])
+    return list(_run_configs(values).values())[-1]
+
+
+def _run_configs(values: dict[str, Any]) -> dict[str, RunConfig]:
+    """Of each stage by its name, in order; of a single run by the name ""."""
+    stages = values.get("stages", ())
+    if not stages:
+        return {"": to_dataclass(RunConfig, values)}
+    for name in values:
+        if name != "stages" and name not in stages:
+            raise ValueError(
+                f"config.{name} is none of the stages {', '.join(stages)}. "
+                + suggest(name, stages)
+            )
+    return {
+        name: to_dataclass(RunConfig, values[name], path=f"config.{name}")
+        for name in stages
+    }
 
 
 def _values(config: Any) -> dict[str, Any]:

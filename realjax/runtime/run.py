@@ -221,7 +221,7 @@ def prepare(config: RunConfig, algorithm: Any = None) -> Run:
                 raise ValueError(f"Call {name!r}, role {role!r}: {error}") from None
     train_data = load_dataset(config.data, tokenizer, split="train", seed=config.seed)
     valid_data = None
-    if config.data.valid_path:
+    if config.data.valid_path or config.data.held_out:
         valid_data = load_dataset(
             config.data, tokenizer, split="valid", seed=config.seed
         )
@@ -292,8 +292,8 @@ def _one_tokenizer(config: RunConfig, graph: DataflowGraph) -> Tokenizer:
             raise ValueError(
                 f"Roles {first!r} and {name!r} have different tokenizers "
                 f"({config.roles[first].tokenizer or config.roles[first].path} and "
-                f"{config.roles[name].tokenizer or config.roles[name].path}). Token ids "
-                "pass between roles as they are, so all roles need one tokenizer."
+                f"{config.roles[name].tokenizer or config.roles[name].path}). Ids of "
+                "tokens pass between roles as they are, so all need one tokenizer."
             )
     return tokenizer
 

@@ -357,7 +357,7 @@ class Trainer:
         if benchmark:
             self.console.medians(
                 {
-                    name: values[WARM_UP_STEPS:]
+                    name: values[WARM_UP_STEPS:].tolist()
                     for name, values in columns.items()
                     if name.startswith(("timing_s/", "perf/"))
                 }

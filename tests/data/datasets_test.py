@@ -361,3 +361,23 @@ def test_paths_and_splits_are_checked(tokenizer):
 def test_bad_settings_are_refused_when_made(changes, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**changes)
+
+
+def test_held_out_records_are_the_last_and_no_others(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f'{{"prompt": "number {i}"}}\n' for i in range(10)))
+    config = DataConfig(path=str(path), kind="prompts", held_out=3)
+    tokenizer = Tokenizer.train(["number 0 1 2 3 4 5 6 7 8 9"], vocab_size=280)
+    train = load_dataset(config, tokenizer)
+    valid = load_dataset(config, tokenizer, split="valid")
+    assert train.batch(range(7)).columns["prompt"] == [f"number {i}" for i in range(7)]
+    assert valid.batch(range(3)).columns["prompt"] == ["number 7", "number 8", "number 9"]
+
+
+def test_holding_out_everything_is_refused(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n')
+    config = DataConfig(path=str(path), kind="prompts", held_out=1)
+    tokenizer = Tokenizer.train(["one"], vocab_size=280)
+    with pytest.raises(ValueError, match="Hold out fewer"):
+        load_dataset(config, tokenizer)

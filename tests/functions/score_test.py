@@ -307,7 +307,7 @@ def test_a_worker_that_ended_between_batches_is_replaced(file):
     with RewardWorkers([RewardFunction(fn=f"{file}:process")]) as workers:
         pid = int(workers.score(["p"], ["c"])[0])
         os.kill(pid, signal.SIGKILL)
-        while not is_gone(pid):
+        while not workers._workers[0].has_ended():
             time.sleep(0.01)
         assert workers.score(["p"], ["c"])[0] != pid
 

@@ -101,8 +101,9 @@ def test_sets_are_read_from_ids_and_from_bits():
     np.testing.assert_array_equal(is_kept(jnp.array([[[33]]]), 40), expected)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "temperature"), [("none", 1.0), ("none", 0.7), ("ids", 0.7), ("bits", 0.7)]
+)
 @pytest.mark.parametrize("implementation", ["dense", "chunked"])
 def test_agrees_with_float64_row_by_row(implementation, form, temperature):
     hidden, kernel, targets = problem(scale=2.0)
@@ -137,10 +138,9 @@ def gradient(call, **options):
     [
         {"implementation": "dense"},
         {"implementation": "chunked", "chunk_size": 10},  # 3 equal chunks.
-        {"implementation": "chunked", "chunk_size": 29},  # 2 equal chunks.
         {"implementation": "chunked", "chunk_size": 8},  # 5 of 6 rather than 4 of 8.
     ],
-    ids=["dense", "three", "two", "five"],
+    ids=["dense", "three", "five"],
 )
 def test_gradients_are_those_of_the_definition(options, form):
     hidden, kernel, targets = problem()
@@ -260,8 +260,15 @@ def test_unused_entropy_costs_nothing():
     assert cost(grad(through_jit)) - cost(grad(unused)) < 2 * logits
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kernel_spec", [P(None, "tensor"), P("data", "tensor")])
+@pytest.mark.parametrize(
+    ("form", "kernel_spec"),
+    [
+        ("none", P(None, "tensor")),
+        ("none", P("data", "tensor")),
+        ("ids", P("data", "tensor")),
+        ("bits", P("data", "tensor")),
+    ],
+)
 def test_sharded_rows_and_vocabulary_give_what_one_device_gives(kernel_spec, form):
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     shard = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))

@@ -13,7 +13,9 @@ def test_estimators_at_log_two():
     logprobs, ref_logprobs = jnp.log(jnp.array([[0.5]])), jnp.log(jnp.array([[0.25]]))
     log2 = np.log(2)
     np.testing.assert_allclose(kl.k1(logprobs, ref_logprobs), [[log2]], rtol=1e-6)
-    np.testing.assert_allclose(kl.k2(logprobs, ref_logprobs), [[log2**2 / 2]], rtol=1e-6)
+    np.testing.assert_allclose(
+        kl.k2(logprobs, ref_logprobs), [[log2**2 / 2]], rtol=1e-6
+    )
     np.testing.assert_allclose(kl.k3(logprobs, ref_logprobs), [[log2 - 0.5]], rtol=1e-6)
 
 
@@ -27,9 +29,9 @@ def test_k1_and_k3_have_the_kl_as_their_mean():
 
 
 def test_k2_and_k3_are_never_negative_and_zero_for_equal_policies():
-    x = jax.random.normal(jax.random.key(0), (50, 20)) * 10.0 ** jnp.arange(-8, 2).repeat(
-        2
-    ).reshape(1, 20)
+    x = jax.random.normal(jax.random.key(0), (50, 20)) * 10.0 ** jnp.arange(
+        -8, 2
+    ).repeat(2).reshape(1, 20)
     for estimator in (kl.k2, kl.k3):
         # Rounding of k3 near 0 is that of x itself.
         assert np.all(estimator(x, jnp.zeros_like(x)) >= -1e-7 * np.abs(x))

@@ -39,7 +39,8 @@ def test_surrogate_agrees_with_the_formula_on_ragged_rows():
     rng = np.random.default_rng(0)
     logprobs, old, advantages = rng.normal(size=(3, 5, 11)).astype(np.float32)
     mask = np.arange(11)[None] < rng.integers(1, 12, (5, 1))
-    loss, clipped = losses.clipped_surrogate(logprobs, old, advantages, clip_ratio=0.3)
+    surrogate = jax.jit(losses.clipped_surrogate, static_argnames="clip_ratio")
+    loss, clipped = surrogate(logprobs, old, advantages, clip_ratio=0.3)
     losses_, clips = [], []
     for b, t in zip(*np.nonzero(mask), strict=True):
         ratio = np.exp(np.float64(logprobs[b, t]) - old[b, t])

@@ -1,0 +1,338 @@
+"""Tests of `realjax/rl/sampling.py`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from realjax.rl import sampling
+from realjax.rl.sampling import Sampling
+
+B, V = 48, 331  # Not a multiple of the words and blocks the code works in.
+EOS = 7
+
+FILTERS = {
+    "none": Sampling(),
+    "hot": Sampling(temperature=1.7),
+    "top-k": Sampling(temperature=0.7, top_k=20),
+    "top-k and top-p": Sampling(temperature=0.7, top_k=20, top_p=0.9),
+    "top-p": Sampling(top_p=0.9),
+    "small top-p": Sampling(temperature=1.3, top_p=0.05),
+    "large top-k": Sampling(top_k=300),
+    "large top-k and top-p": Sampling(top_k=300, top_p=0.8),
+    "union": Sampling(top_k=20, top_p=0.6, union=True),
+    "large union": Sampling(top_k=300, top_p=0.6, union=True),
+    "eos forbidden": Sampling(min_new_tokens=4),
+    "eos forbidden, top-k": Sampling(min_new_tokens=4, top_k=5),
+    "eos forbidden, top-p": Sampling(min_new_tokens=4, top_p=0.9),
+    "greedy": Sampling(greedy=True, top_k=20, top_p=0.5),
+    "greedy, eos forbidden": Sampling(temperature=0, min_new_tokens=4),
+}
+
+sample = jax.jit(sampling.sample, static_argnums=2)
+
+
+def random_logits(seed: int = 0, num_rows: int = B, vocab_size: int = V):
+    return 2.0 * jax.random.normal(jax.random.key(seed), (num_rows, vocab_size))
+
+
+def random_keys(num_rows: int = B, seed: int = 1):
+    return jax.random.split(jax.random.key(seed), num_rows)
+
+
+def forbidden_eos(config: Sampling):
+    """Forbid one token in every other row, where the config may forbid any."""
+    if config.min_new_tokens == 0:
+        return None
+    forbidden = np.zeros((B, V), bool)
+    forbidden[::2, EOS] = True
+    return jnp.asarray(forbidden)
+
+
+def sorted_sets(logits, config: Sampling, forbidden=None):
+    """Return which tokens are kept, by sorting in float64 as the definition says."""
+    logits = np.float64(logits) / config.temperature
+    if forbidden is not None:
+        logits[np.asarray(forbidden)] = -np.inf
+    masks = []
+    for row in logits:
+        kept = np.isfinite(row)
+        probability = np.exp(row - row.max()) / np.sum(np.exp(row - row.max()))
+        order = np.argsort(-probability, kind="stable")
+        if not config.greedy:
+            if config.top_k:
+                kept[order[config.top_k :]] = False
+            mass = probability if config.union else probability * kept
+            mass = mass / mass.sum()
+            before = np.cumsum(mass[order]) - mass[order]
+            kept[order[before >= config.top_p]] = False
+        masks.append(kept)
+    return np.array(masks)
+
+
+def kept_mask(kept, shape=(B, V)):
+    if kept is None:
+        return np.ones(shape, bool)
+    return np.asarray(sampling.is_kept(kept, shape[1]))
+
+
+def test_form_and_width_of_the_recorded_sets():
+    width = lambda vocab_size=331, **fields: sampling.kept_width(
+        Sampling(**fields), vocab_size
+    )
+    assert width() is None
+    assert width(temperature=0.5) is None
+    assert width(top_k=331) is None  # Keeps all.
+    assert width(top_k=20) == ("ids", 20)
+    assert width(top_k=256, top_p=0.9, min_new_tokens=3) == ("ids", 256)
+    assert width(top_k=257) == ("bits", 11)  # 11 · 32 = 352
+    assert width(top_p=0.9) == ("bits", 11)
+    assert width(min_new_tokens=1) == ("bits", 11)
+    assert width(greedy=True, top_k=20, top_p=0.5) is None
+    assert width(greedy=True, top_k=20, min_new_tokens=1) == ("bits", 11)
+    assert width(vocab_size=320, top_p=0.9) == ("bits", 10)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_kept_sets_are_those_of_the_sorted_definition(name):
+    config = FILTERS[name]
+    logits, forbidden = random_logits(), forbidden_eos(config)
+    _, _, kept = sample(logits, random_keys(), config, forbidden=forbidden)
+    form = sampling.kept_width(config, V)
+    assert (kept is None) == (form is None)
+    if kept is not None:
+        expected_type = jnp.int32 if form[0] == "ids" else jnp.uint32
+        assert (kept.shape, kept.dtype) == ((B, form[1]), expected_type)
+    np.testing.assert_array_equal(
+        kept_mask(kept), sorted_sets(logits, config, forbidden)
+    )
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_token_is_kept_and_its_logprob_renormalised_over_the_set(name):
+    config = FILTERS[name]
+    logits, forbidden = random_logits(2), forbidden_eos(config)
+    tokens, logprobs, kept = sample(logits, random_keys(), config, forbidden=forbidden)
+    mask = kept_mask(kept)
+    rows = np.arange(B)
+    assert mask[rows, tokens].all()
+    scaled = np.float64(logits) / config.temperature
+    total = np.log(np.sum(np.exp(scaled) * mask, axis=-1))
+    np.testing.assert_allclose(logprobs, scaled[rows, tokens] - total, atol=1e-5)
+    found = sampling.normalizer(logits / config.temperature, kept)
+    np.testing.assert_allclose(found, total, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["none", "top-k and top-p", "top-p", "eos forbidden", "union"]
+)
+def test_tokens_come_as_often_as_their_probability_says(name):
+    # 40000 draws from one row. The squared deviations over the expected counts have
+    # mean V and variance 2 V: 5 deviations are one false alarm in a million.
+    config, num_draws, vocab_size = FILTERS[name], 40_000, 150
+    row = random_logits(3, 1, vocab_size)
+    logits = jnp.tile(row, (num_draws, 1))
+    forbidden = None
+    if config.min_new_tokens:
+        forbidden = jnp.tile(jnp.arange(vocab_size)[None] == EOS, (num_draws, 1))
+    tokens, logprobs, _ = sample(
+        logits, random_keys(num_draws), config, forbidden=forbidden
+    )
+    mask = sorted_sets(row, config, None if forbidden is None else forbidden[:1])[0]
+    weights = np.exp(np.float64(row[0]) / config.temperature) * mask
+    expected = num_draws * weights[mask] / weights.sum()
+    counts = np.bincount(tokens, minlength=vocab_size)
+    assert counts[~mask].sum() == 0
+    deviation = np.sum((counts[mask] - expected) ** 2 / expected)
+    assert deviation < mask.sum() + 5 * np.sqrt(2 * mask.sum())
+    # The log-probabilities average to minus the entropy.
+    p = expected / num_draws
+    np.testing.assert_allclose(np.mean(logprobs), np.sum(p * np.log(p)), atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["none", "top-k and top-p", "top-p"])
+def test_row_depends_on_its_own_logits_and_key_only(name):
+    config, logits, keys = FILTERS[name], random_logits(4), random_keys()
+    whole = sample(logits, keys, config)
+    order = np.random.default_rng(0).permutation(B)
+    shuffled = sample(logits[order], keys[order], config)
+    one_by_one = jax.jit(
+        jax.vmap(lambda x, key: sampling.sample(x[None], key[None], config))
+    )(logits, keys)
+    for a, b, c in zip(
+        *map(jax.tree.leaves, (whole, shuffled, one_by_one)), strict=True
+    ):
+        np.testing.assert_allclose(b, a[order], rtol=1e-6)
+        np.testing.assert_allclose(c[:, 0], a, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("none", P("data")),
+        ("top-k and top-p", P("data", "tensor")),
+        ("top-p", P("data", "tensor")),
+        pytest.param("none", P("data", "tensor"), marks=pytest.mark.slow),
+        pytest.param("top-k and top-p", P("data"), marks=pytest.mark.slow),
+        pytest.param("top-p", P("data"), marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_logits_give_the_tokens_of_one_device(name, spec):
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    config, logits, keys = FILTERS[name], random_logits(5, B, 256), random_keys()
+    shard = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    alone = sample(logits, keys, config)
+    sharded = sample(shard(logits, spec), shard(keys, P("data")), config)
+    for a, b in zip(*map(jax.tree.leaves, (alone, sharded)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        # Six tokens of probability 1/8 and one of 1/4, the last: 1/4 + 3/8 < 0.7.
+        (Sampling(top_p=0.7), [0, 1, 2, 3, 6]),
+        (Sampling(top_k=4), [0, 1, 2, 6]),
+        (Sampling(top_k=4, top_p=0.7), [0, 1, 6]),  # Of 2/5 and thrice 1/5.
+        (Sampling(top_k=5, top_p=0.5, union=True), [0, 1, 6]),
+        (Sampling(top_k=3, top_p=0.7, union=True), [0, 1, 6]),
+    ],
+)
+def test_ties_are_kept_by_the_lower_id(config, expected):
+    logits = jnp.log(jnp.array([[1.0] * 6 + [2.0]]))
+    _, _, kept = sample(logits, random_keys(1), config)
+    np.testing.assert_array_equal(np.flatnonzero(kept_mask(kept, (1, 7))), expected)
+
+
+def test_large_top_k_keeps_ties_by_the_lower_id():
+    # All equal: the 257 lowest ids, though none of them is more likely than the rest.
+    logits = jnp.zeros((1, 300))
+    _, _, kept = sample(logits, random_keys(1), Sampling(top_k=257))
+    np.testing.assert_array_equal(kept_mask(kept, (1, 300))[0], np.arange(300) < 257)
+
+
+def test_top_p_after_top_k_keeps_fewer_than_the_union_of_the_removed():
+    # p = 0.4, 0.3, 0.2, 0.1 with k = 2, p = 0.5. Top-p of what is left, 4/7 and 3/7,
+    # keeps one token; top-p of all tokens keeps two.
+    logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
+    for union, num_kept in ((False, 1), (True, 2)):
+        config = Sampling(top_k=2, top_p=0.5, union=union)
+        _, _, kept = sample(logits, random_keys(1), config)
+        assert kept_mask(kept, (1, 4)).sum() == num_kept
+
+
+def test_tiny_top_p_keeps_the_most_likely_token():
+    logits = random_logits()
+    for config in (Sampling(top_p=1e-6), Sampling(top_p=1e-6, top_k=9)):
+        tokens, logprobs, kept = sample(logits, random_keys(), config)
+        np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
+        np.testing.assert_array_equal(kept_mask(kept).sum(-1), 1)
+        np.testing.assert_array_equal(logprobs, 0)
+
+
+def test_greedy_is_the_first_most_likely_token_scored_at_temperature_one():
+    # p = 1/2, 1/4, 1/4: log ½. Of equals, the lower id.
+    logits = jnp.log(jnp.array([[1.0, 2.0, 1.0], [1.0, 2.0, 2.0]]))
+    for config in (
+        Sampling(greedy=True, temperature=0.3, top_k=1),
+        Sampling(temperature=0),
+    ):
+        assert config.greedy
+        assert config.temperature == 1
+        tokens, logprobs, kept = sample(logits, random_keys(2), config)
+        np.testing.assert_array_equal(tokens, [1, 1])
+        np.testing.assert_allclose(logprobs, np.log([1 / 2, 2 / 5]), rtol=1e-6)
+        assert kept is None
+
+
+def test_forbidden_token_is_never_drawn_however_likely():
+    logits = random_logits().at[:, EOS].set(20.0)
+    for name in ("eos forbidden", "eos forbidden, top-k", "greedy, eos forbidden"):
+        config = FILTERS[name]
+        forbidden = forbidden_eos(config)
+        tokens, _, kept = sample(logits, random_keys(), config, forbidden=forbidden)
+        np.testing.assert_array_equal(tokens[1::2], EOS)
+        assert not np.any(tokens[::2] == EOS)
+        assert not kept_mask(kept)[::2, EOS].any()
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_steps_that_filter_nothing_record_empty_sets_of_everything(top_k):
+    # ReaL marked such a step as all tokens removed when another step had removed some:
+    # the log-probability became that of a uniform choice, with no gradient.
+    logits = random_logits(6, B, 2 if top_k else V)
+    config = Sampling(min_new_tokens=4, top_k=top_k)
+    tokens, logprobs, kept = sample(logits, random_keys(), config)
+    np.testing.assert_array_equal(kept, np.zeros_like(kept))
+    assert kept_mask(kept, logits.shape).all()
+    expected = jax.nn.log_softmax(logits)[np.arange(B), tokens]
+    np.testing.assert_allclose(logprobs, expected, atol=1e-6)
+
+
+def test_bits_take_an_eighth_of_the_bytes_of_a_mask():
+    logits = jax.ShapeDtypeStruct((B, 4096), jnp.float32)
+    kept_of = lambda config: jax.eval_shape(
+        lambda x, keys: sampling.sample(x, keys, config)[2], logits, random_keys()
+    )
+    assert kept_of(FILTERS["top-p"]).size * 4 == B * 4096 // 8
+    assert kept_of(FILTERS["top-k"]).size * 4 == B * 20 * 4
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-24])
+def test_draw_never_lands_on_a_weight_of_zero(uniform):
+    weights = jnp.array([[0.0, 0.0, 1e-30, 0.3, 0.0, 0.7, 0.0], [0, 0, 0, 5, 0, 0, 0]])
+    places = sampling._inverse_cdf(weights, jnp.full((2,), uniform, jnp.float32))
+    assert np.all(weights[np.arange(2), places] > 0)
+    np.testing.assert_array_equal(places[1], 3)
+
+
+def test_extreme_logits_are_sampled():
+    logits = jnp.array([[-1e30, 88.0, -jnp.inf, 1e4], [-jnp.inf, 0, -1e38, -jnp.inf]])
+    for name in ("none", "top-p"):
+        tokens, logprobs, _ = sample(logits, random_keys(2), FILTERS[name])
+        np.testing.assert_array_equal(tokens, [3, 1])
+        np.testing.assert_array_equal(logprobs, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, r"top_p is 0\.0; it must be in \(0, 1\]"),
+        ({"top_p": 1.5}, r"top_p is 1\.5"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9"),
+        ({"max_new_tokens": 0}, "nothing to sample"),
+    ],
+)
+def test_impossible_settings_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**fields)
+
+
+def test_forbidding_without_a_recorded_set_is_refused():
+    with pytest.raises(ValueError, match="set min_new_tokens"):
+        sampling.sample(
+            random_logits(),
+            random_keys(),
+            Sampling(),
+            forbidden=jnp.zeros((B, V), bool),
+        )
+
+
+def test_sampling_compiles_once_for_one_shape():
+    num_traces = 0
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def counted(logits, keys, config):
+        nonlocal num_traces
+        num_traces += 1
+        return sampling.sample(logits, keys, config)
+
+    for seed in range(3):
+        counted(random_logits(seed), random_keys(seed=seed), Sampling(top_k=4))
+    assert num_traces == 1
