@@ -21,6 +21,7 @@ from realjax.data.datasets import DataConfig
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import RoleConfig
 from realjax.functions.score import RewardFunction
+from realjax.rl.rewards import ScoreShaping
 from realjax.rl.sampling import Sampling
 from realjax.runtime.run import RunConfig
 from realjax.testing import TINY
@@ -60,7 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
         PPO(
             sampling=Sampling(top_k=50, max_new_tokens=128),
             rewards=(EXACT,) if is_exact else (),
-            truncated_score="keep",
+            score=ScoreShaping(truncated="keep"),
             minibatches=2,
         )
     )

@@ -125,7 +125,7 @@ def ppo(is_debug: bool) -> ConfigDict:
         PPO(
             sampling=Sampling(top_k=100, max_new_tokens=32),
             minibatches=2,
-            value_norm="",
+            value_norm="none",
         )
     )
     return config

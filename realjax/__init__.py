@@ -19,7 +19,6 @@ The Python API:
     train(config, workdir)                       a run
     plan(config, cluster=None)                   the execution plan it would have
     load_config("ppo.py:debug")                  a shipped config, to be changed
-    graph(config)                                its dataflow graph
 """
 
 import importlib
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from realjax.runtime.model import Model, load
-    from realjax.runtime.recipe import graph, load_config, plan, train
+    from realjax.runtime.recipe import load_config, plan, train
     from realjax.runtime.sample import Completion, sample
     from realjax.runtime.trainer import TrainResult
 
@@ -36,7 +35,6 @@ _HOMES = {
     "Model": "realjax.runtime.model",
     "TrainResult": "realjax.runtime.trainer",
     "load": "realjax.runtime.model",
-    "graph": "realjax.runtime.recipe",
     "load_config": "realjax.runtime.recipe",
     "plan": "realjax.runtime.recipe",
     "sample": "realjax.runtime.sample",
@@ -47,7 +45,6 @@ __all__ = [
     "Completion",
     "Model",
     "TrainResult",
-    "graph",
     "load",
     "load_config",
     "plan",

@@ -1,13 +1,9 @@
 """The attention functions models call, and the choice of an implementation."""
 
-from typing import Literal
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import reference
-
-Implementation = Literal["dense", "blocked"]
 
 # Rows longer than this are attended block by block: the scores of a dense row take
 # 4 H T² bytes, forward and again backward.
@@ -21,7 +17,7 @@ def attention(
     *,
     segment_ids: Int[Array, "B T"],
     causal: bool = True,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B T H K"]:
     """Attend within the segments of packed rows.
 
@@ -57,7 +53,7 @@ def cached_attention(
     *,
     start: Int[Array, ""],
     first_slot: Int[Array, " B"],
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B T H K"]:
     """Attend from the T tokens at slots `start` to `start + T` to a cache.
 

@@ -10,15 +10,13 @@ https://arxiv.org/abs/1707.06347.
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax.numpy as jnp
 
-from realjax import rl
+from realjax import functions, rl
 from realjax.dataflow import DataflowGraph, call
-from realjax.functions import Generate, Infer, Score, Train, Transform, is_filtered
-from realjax.functions.score import RewardFunction
-from realjax.rl.masking import Mean
-from realjax.rl.sampling import Sampling
+from realjax.rl import Mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,41 +28,31 @@ class PPO:
             log-probability of the step.
         completions_per_prompt: G, completions sampled for each prompt.
         rewards: Python functions of the text; empty means the reward role's scores.
-        score_scaling, score_bias, score_clip: s becomes clip((s - bias) * scaling).
-        truncated_score: what a completion without its end counts for: "zero", "keep"
-            for its own score, or a number.
-        kl_coef: KL penalty per token, in reward units per nat; the start of an
-            adaptive one.
-        adaptive_kl: whether the coefficient follows the measured KL.
-        kl_target, kl_horizon: nats per completion; sequences over which it adapts.
+        score: scaling, bias and clipping of scores; what truncated completions get.
+        kl: weight of the KL penalty per token; an adaptive one follows the KL of a
+            whole completion.
         discount, gae_lambda: γ and λ of GAE.
         whiten_advantages: whether advantages get mean 0, variance 1 over the batch.
         clip_ratio, value_clip: ε of the policy loss; largest trusted change of a value.
         value_loss: "mse" or "huber".
-        value_norm: how value targets are normalised: "exp", "ma" or "" for not at all.
+        value_norm: how value targets are normalised: "exp", "ma" or "none".
         minibatches, epochs, shuffle: optimizer steps per rollout and their order.
         max_ratio, max_kl: a minibatch whose mean importance ratio or mean approximate
             KL (nats per token) exceeds these changes nothing; 0 turns the check off.
     """
 
-    sampling: Sampling = Sampling(top_k=200, top_p=0.9, max_new_tokens=256)
+    sampling: rl.Sampling = rl.Sampling(top_k=200, top_p=0.9, max_new_tokens=256)
     completions_per_prompt: int = 1
-    rewards: tuple[RewardFunction, ...] = ()
-    score_scaling: float = 1.0
-    score_bias: float = 0.0
-    score_clip: float = 20.0
-    truncated_score: float | str = "zero"
-    kl_coef: float = 0.1
-    adaptive_kl: bool = False
-    kl_target: float = 6.0
-    kl_horizon: float = 10000.0
+    rewards: tuple[functions.RewardFunction, ...] = ()
+    score: rl.ScoreShaping = rl.ScoreShaping()
+    kl: rl.KLControl = rl.KLControl()
     discount: float = 1.0
     gae_lambda: float = 1.0
     whiten_advantages: bool = True
     clip_ratio: float = 0.2
     value_clip: float = 0.2
-    value_loss: str = "mse"
-    value_norm: str = "exp"
+    value_loss: Literal["mse", "huber"] = "mse"
+    value_norm: Literal["exp", "ma", "none"] = "exp"
     minibatches: int = 4
     epochs: int = 1
     shuffle: bool = False
@@ -77,62 +65,43 @@ HYPERPARAMETERS = PPO
 
 def initial_state(hp: PPO):
     """Value statistics and KL coefficient: one of each, shared and checkpointed."""
-    values = rl.normalization.init(hp.value_norm or "exp")
-    return {"values": values, "kl_coef": jnp.float32(hp.kl_coef)}
+    values = rl.normalization.init(hp.value_norm)
+    return {"values": values, "kl_coef": jnp.float32(hp.kl.coef)}
 
 
 def advantages(state, batch, *, hp: PPO):
     """Advantages and value targets of one rollout batch, and what to report of it."""
     mask, is_truncated = batch["completion_mask"], batch["is_truncated"]
+    old_logprobs, ref_logprobs = batch["old_logprobs"], batch["ref_logprobs"]
     counts = mask.any(axis=1)  # False on rows that only pad the batch.
+    scores = rl.rewards.shape_scores(hp.score, batch["scores"], is_truncated)
     rewards, kl_rewards = rl.rewards.token_rewards(
-        rl.rewards.clip_scores(
-            batch["scores"], hp.score_scaling, hp.score_bias, hp.score_clip
-        ),
-        batch["old_logprobs"],
-        batch["ref_logprobs"],
-        mask,
-        kl_coef=state["kl_coef"],
-        is_truncated=is_truncated,
-        truncated_score=hp.truncated_score,
+        scores, old_logprobs, ref_logprobs, mask, kl_coef=state["kl_coef"]
     )
     denormalize = functools.partial(rl.normalization.denormalize, state["values"])
     values, last_values = map(denormalize, (batch["values"], batch["bootstrap_values"]))
-    estimates, returns = rl.advantages.gae(
-        rewards,
-        values,
-        mask,
-        bootstrap_values=jnp.where(is_truncated, last_values, 0.0),
-        discount=hp.discount,
-        lambda_=hp.gae_lambda,
+    gae = functools.partial(
+        rl.advantages.gae, discount=hp.discount, lambda_=hp.gae_lambda
     )
-    normalizer = state["values"]  # Changes nothing until its first update.
-    if hp.value_norm:
-        normalizer = rl.normalization.update(normalizer, returns, mask)
-    log_ratio = jnp.where(mask, batch["old_logprobs"] - batch["ref_logprobs"], 0.0)
-    kl, coefficient = Mean.over(log_ratio.sum(axis=1), counts), state["kl_coef"]
-    if hp.adaptive_kl:
-        coefficient = rl.kl.adaptive_kl(
-            coefficient,
-            kl.value(),
-            target=hp.kl_target,
-            horizon=hp.kl_horizon,
-            num_sequences=counts.sum(),
-        )
+    last_values = jnp.where(is_truncated, last_values, 0.0)
+    estimates, returns = gae(rewards, values, mask, bootstrap_values=last_values)
+    normalizer = rl.normalization.update(state["values"], returns, mask)
+    outputs = {
+        "advantages": rl.masking.whiten(estimates, mask)
+        if hp.whiten_advantages
+        else estimates,
+        "value_targets": rl.normalization.normalize(normalizer, returns),
+    }
+    kl = Mean.over(jnp.where(mask, old_logprobs - ref_logprobs, 0.0).sum(1), counts)
+    coefficient = rl.kl.next_coefficient(hp.kl, state["kl_coef"], kl)
     metrics = {
         "objective/kl": kl,
-        "objective/kl_coef": Mean.over(state["kl_coef"][None], jnp.ones(1)),
+        "objective/kl_coef": Mean(state["kl_coef"], jnp.float32(1.0)),
         "objective/scores": Mean.over(batch["scores"], counts),
-        "objective/non_score_reward": Mean.over(kl_rewards.sum(axis=1), counts),
-        "objective/rlhf_reward": Mean.over(rewards.sum(axis=1), counts),
+        "objective/non_score_reward": Mean.over(kl_rewards.sum(1), counts),
+        "objective/rlhf_reward": Mean.over(rewards.sum(1), counts),
         "val/returns": Mean.over(returns, mask),
         "val/values": Mean.over(values, mask),
-        "val/advantages": Mean.over(estimates, mask),
-    }
-    whiten = rl.masking.whiten if hp.whiten_advantages else lambda x, mask: x
-    outputs = {
-        "advantages": whiten(estimates, mask),
-        "value_targets": rl.normalization.normalize(normalizer, returns),
     }
     return {"values": normalizer, "kl_coef": coefficient}, outputs, metrics
 
@@ -169,28 +138,31 @@ def is_off_track(metrics, *, hp: PPO):
 
 def graph(hp: PPO) -> DataflowGraph:
     """The six model function calls of one PPO step, and the advantages."""
-    bind, sampling = functools.partial, hp.sampling
-    generate = Generate(
-        sampling=sampling, completions_per_prompt=hp.completions_per_prompt
+    bind, infer = functools.partial, functions.Infer
+    temperature, group = hp.sampling.temperature, hp.completions_per_prompt
+    generate = functions.Generate(sampling=hp.sampling, completions_per_prompt=group)
+    score = (
+        functions.Score(rewards=hp.rewards) if hp.rewards else infer(output="scores")
     )
-    score = Score(rewards=hp.rewards) if hp.rewards else Infer(output="scores")
-    scored = ("tokens", "kept") if is_filtered(sampling) else ("tokens",)
-    reference = Infer(reads=scored, temperature=sampling.temperature)
+    scored = ("tokens", "kept") if functions.is_filtered(hp.sampling) else ("tokens",)
     rollout = ("completion_mask", "is_truncated", "old_logprobs")
-    estimate = Transform(
+    estimate = functions.Transform(
         fn=bind(advantages, hp=hp),
         state=bind(initial_state, hp),
         reads=(*rollout, "scores", "ref_logprobs", "values", "bootstrap_values"),
         writes=("advantages", "value_targets"),
     )
     train = bind(
-        Train, minibatches=hp.minibatches, epochs=hp.epochs, shuffle=hp.shuffle
+        functions.Train,
+        minibatches=hp.minibatches,
+        epochs=hp.epochs,
+        shuffle=hp.shuffle,
     )
     train_policy = train(
         loss=bind(policy_loss, hp=hp),
         loss_name="loss/policy_avg",
         reads=(*scored, "completion_mask", "old_logprobs", "advantages"),
-        temperature=sampling.temperature,
+        temperature=temperature,
         skip=bind(is_off_track, hp=hp),
     )
     train_critic = train(
@@ -199,11 +171,12 @@ def graph(hp: PPO) -> DataflowGraph:
         output="values",
         reads=("tokens", "completion_mask", "values", "value_targets"),
     )
+    reference = infer(reads=scored, temperature=temperature)
     return DataflowGraph(
         rollout=call("policy", generate),
         reward=call(None if hp.rewards else "reward", score),
         reference=call("reference", reference, logprobs="ref_logprobs"),
-        values=call("critic", Infer(output="values")),
+        values=call("critic", infer(output="values")),
         advantages=call(None, estimate),
         train_policy=call("policy", train_policy),
         train_critic=call("critic", train_critic),

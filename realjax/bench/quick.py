@@ -123,7 +123,7 @@ def measure(repetitions: int) -> dict[str, Any]:
     tokenizer = Tokenizer.train(["a b c"], vocab_size=300)
     sampling = Sampling(max_new_tokens=64)
     tuning = make_executor(sft.graph(sft.SFT()), 256, tokenizer)
-    hp = ppo.PPO(sampling=sampling, minibatches=2, value_norm="")
+    hp = ppo.PPO(sampling=sampling, minibatches=2, value_norm="none")
     learning = make_executor(ppo.graph(hp), 128, tokenizer)
     rollout = DataflowGraph(rollout=call("policy", Generate(sampling=sampling)))
     writing = make_executor(rollout, 128, tokenizer)

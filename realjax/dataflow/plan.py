@@ -29,10 +29,12 @@ class ExecutionPlan:
     """Every call's allocation; calls of text alone (`Score`) have none.
 
     Attributes:
+        graph: whose calls these are.
         calls: by name, in the graph's order.
         microbatch_tokens: tokens of a microbatch where a call does not say its rows.
     """
 
+    graph: DataflowGraph = dataclasses.field(repr=False, compare=False)
     calls: Mapping[str, CallPlan]
     microbatch_tokens: int
 
@@ -57,6 +59,16 @@ class ExecutionPlan:
             + (f"  rows {plan.rows}" if plan.rows else "")
             for name, plan in self.calls.items()
         )
+
+    def __str__(self) -> str:
+        """The table."""
+        return self.table()
+
+    def _repr_svg_(self) -> str:
+        """The graph with its allocations, as a notebook shows it."""
+        from realjax.dataflow.draw import graph_svg  # It draws plans, too.
+
+        return graph_svg(self.graph, self)
 
     def as_dict(self) -> dict:
         """Plain values, for JSON."""
@@ -115,7 +127,9 @@ def make_plan(
         if isinstance(function, Generate) and place.stage > 1:
             raise ValueError(f"Call {name!r} generates and cannot run over stages.")
     ordered = {name: places[name] for name in graph.order() if name in places}
-    return ExecutionPlan(calls=ordered, microbatch_tokens=microbatch_tokens)
+    return ExecutionPlan(
+        graph=graph, calls=ordered, microbatch_tokens=microbatch_tokens
+    )
 
 
 def _check_devices(name: str, allocation: Allocation, num_devices: int) -> None:

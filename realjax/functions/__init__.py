@@ -9,11 +9,13 @@ from realjax.functions.function import (
     Transform,
     is_filtered,
 )
+from realjax.functions.score import RewardFunction
 
 __all__ = [
     "Function",
     "Generate",
     "Infer",
+    "RewardFunction",
     "Score",
     "Train",
     "Transform",

@@ -179,7 +179,7 @@ class TrainProgram:
         gradients = jax.tree.map(
             lambda g: g / jnp.where(weight > 0, weight, 1.0), gradient_sum
         )
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         loss = means["loss"].value()
         is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         skip = ~is_finite | (weight <= 0)

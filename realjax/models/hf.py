@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ GENERATION_FILE = "generation_config.json"
 MAX_SHARD_BYTES = 5 * 10**9
 
 
+@runtime_checkable
 class SavesItself(Protocol):
     """A tokenizer, as far as this module is concerned."""
 

@@ -99,7 +99,7 @@ class TensorFiles:
             ) from error
         self._files.append(file)
         names = set(file.keys())
-        if missing := sorted(wanted - names):
+        if missing := sorted(wanted - names - {""}):
             raise ValueError(
                 f"{path} lacks the tensor {missing[0]!r}"
                 f"{_and_more(missing)}, which {INDEX_FILE} says it holds."

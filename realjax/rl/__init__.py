@@ -15,8 +15,16 @@ from realjax.rl import (
     rewards,
     sampling,
 )
+from realjax.rl.kl import KLControl
+from realjax.rl.masking import Mean
+from realjax.rl.rewards import ScoreShaping
+from realjax.rl.sampling import Sampling
 
 __all__ = [
+    "KLControl",
+    "Mean",
+    "Sampling",
+    "ScoreShaping",
     "advantages",
     "kl",
     "logprobs",

@@ -4,9 +4,12 @@ The estimators are of KL(policy ‖ reference) in nats, one number per token sam
 the policy. Source: Schulman 2020, http://joschu.net/blog/kl-approx.html.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from realjax.core.arrays import Array, Float
+from realjax.rl.masking import Mean
 
 
 def k1(
@@ -34,30 +37,45 @@ def k3(
     return jnp.expm1(-x) + x
 
 
-def adaptive_kl(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KLControl:
+    """The weight of the KL penalty, fixed or adaptive.
+
+    Attributes:
+        coef: β, in reward per nat; the first one, if it adapts.
+        adaptive: whether it follows the measured KL.
+        target: KL to hold, in the unit it is measured in.
+        horizon: sequences over which the coefficient can change by a fifth.
+    """
+
+    coef: float = 0.1
+    adaptive: bool = False
+    target: float = 6.0
+    horizon: float = 10000.0
+
+
+def next_coefficient(
+    control: KLControl,
     coef: float | Float[Array, ""],
-    kl: float | Float[Array, ""],
-    *,
-    target: float,
-    horizon: float,
-    num_sequences: int | Float[Array, ""],
+    kl: Mean,
 ) -> Float[Array, ""]:
-    """Return the next KL coefficient: larger where the KL is above its target.
+    """Return the coefficient of the next step; larger where KL is above its target.
 
-        coef * (1 + clip(kl / target - 1, ±0.2) * num_sequences / horizon)
+        coef * (1 + clip(kl / target - 1, ±0.2) * sequences / horizon)
 
-    The coefficient is the whole state. A fixed coefficient needs no function.
+    The coefficient is the whole state; a fixed one stays as it is.
 
     Source: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2. ReaL
     passed the KL reward, -coef * kl, where the formula needs the KL: its coefficient
     only ever fell.
 
     Args:
-        coef: of this step, in reward per nat.
-        kl: mean of `k1` over the completion tokens of this step, in nats.
-        target: KL to hold, in nats.
-        horizon: sequences over which the coefficient can change by a fifth.
-        num_sequences: of this step.
+        control: fixed or adaptive.
+        coef: of this step.
+        kl: of this step, a mean over its sequences, in the unit of the target.
     """
-    error = jnp.clip(jnp.asarray(kl, jnp.float32) / target - 1.0, -0.2, 0.2)
-    return coef * (1.0 + error * num_sequences / horizon)
+    coef = jnp.asarray(coef, jnp.float32)
+    if not control.adaptive:
+        return coef
+    error = jnp.clip(kl.value() / control.target - 1.0, -0.2, 0.2)
+    return coef * (1.0 + error * kl.weight / control.horizon)

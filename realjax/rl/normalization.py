@@ -5,6 +5,7 @@ advantages are estimated. One state serves both, and belongs in the checkpoint.
 
     exp    weight of a batch: 1, and all earlier weights times `decay`
     ma     weight of a batch: its number of tokens, no decay
+    none   weight of a batch: 0; always the identity
 
 Mean and variance are merged from centred moments (Chan et al. 1979), so nothing large
 is subtracted from something large and float32 is enough. Algebraically they are the
@@ -30,23 +31,26 @@ class Normalizer(NamedTuple):
     weight: Float[Scalar, ""]
     """Of the batches seen, decayed; 0 before the first update."""
     decay: Float[Scalar, ""]
-    """Of the weight at each update; 1 weighs batches by their tokens."""
+    """Of the weight at each update; 1 weighs batches by their tokens, -1 not at all."""
 
 
-def init(kind: Literal["exp", "ma"], *, decay: float = 0.99995) -> Normalizer:
+def init(kind: Literal["exp", "ma", "none"], *, decay: float = 0.99995) -> Normalizer:
     """Return a normaliser that has seen nothing, and so changes nothing."""
-    if kind not in ("exp", "ma"):
-        raise ValueError(f"The value normaliser is {kind!r}; it must be 'exp' or 'ma'.")
+    if kind not in ("exp", "ma", "none"):
+        raise ValueError(
+            f"The value normaliser is {kind!r}; it must be 'exp', 'ma' or 'none'."
+        )
     if kind == "exp" and not 0.0 <= decay < 1.0:
         raise ValueError(
             f"The decay of the value normaliser is {decay}; it must be in [0, 1). To"
             " weigh all tokens ever seen equally, choose the kind 'ma'."
         )
+    decays = {"exp": decay, "ma": 1.0, "none": -1.0}
     return Normalizer(
         mean=jnp.zeros((), jnp.float32),
         variance=jnp.ones((), jnp.float32),
         weight=jnp.zeros((), jnp.float32),
-        decay=jnp.full((), decay if kind == "exp" else 1.0, jnp.float32),
+        decay=jnp.full((), decays[kind], jnp.float32),
     )
 
 
@@ -59,6 +63,7 @@ def update(
     """
     num_tokens = jnp.sum(mask, dtype=jnp.float32)
     new = jnp.where(state.decay < 1.0, jnp.minimum(num_tokens, 1.0), num_tokens)
+    new = jnp.where(state.decay < 0.0, 0.0, new)
     old = jnp.where(new > 0, state.decay, 1.0) * state.weight
     total = old + new
     share = new / jnp.where(total > 0, total, 1.0)

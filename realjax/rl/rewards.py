@@ -1,20 +1,49 @@
 """From one score per completion to one reward per token."""
 
-from typing import Literal
+import dataclasses
 
 import jax.numpy as jnp
 
 from realjax.core.arrays import Array, Bool, Float
 
 
-def clip_scores(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreShaping:
+    """How the scores of completions become rewards.
+
+    Attributes:
+        scaling, bias, clip: a score s becomes (s - bias) * scaling, no farther from 0
+            than `clip`.
+        truncated: what a completion that was cut before its end-of-sequence token
+            gets: its own score ("keep"), none ("zero", as ReaL), or this number.
+    """
+
+    scaling: float = 1.0
+    bias: float = 0.0
+    clip: float = 20.0
+    truncated: float | str = "zero"
+
+    def __post_init__(self):
+        """Refuses other words for `truncated`."""
+        if isinstance(self.truncated, str) and self.truncated not in ("keep", "zero"):
+            raise ValueError(
+                f"truncated is {self.truncated!r}; it must be 'keep', 'zero' or a"
+                " number."
+            )
+
+
+def shape_scores(
+    shaping: ScoreShaping,
     scores: Float[Array, "B"],
-    scaling: float = 1.0,
-    bias: float = 0.0,
-    clip: float = float("inf"),
+    is_truncated: Bool[Array, "B"],
 ) -> Float[Array, "B"]:
-    """Return (score - bias) * scaling, no farther from 0 than `clip`."""
-    return jnp.clip((scores - bias) * scaling, -clip, clip)
+    """Scale, shift and clip scores, and replace those of truncated completions."""
+    scaled = (scores - shaping.bias) * shaping.scaling
+    scores = jnp.clip(scaled, -shaping.clip, shaping.clip)
+    if shaping.truncated == "keep":
+        return scores
+    replacement = 0.0 if shaping.truncated == "zero" else float(shaping.truncated)
+    return jnp.where(is_truncated, replacement, scores)
 
 
 def token_rewards(
@@ -24,8 +53,6 @@ def token_rewards(
     mask: Bool[Array, "B T"],
     *,
     kl_coef: float | Float[Array, ""],
-    is_truncated: Bool[Array, "B"],
-    truncated_score: Literal["keep", "zero"] | float = "zero",
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Put the score on the last completion token, and a KL penalty on every one.
 
@@ -35,27 +62,15 @@ def token_rewards(
     Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, equation 2.
 
     Args:
-        scores: one per sequence, scaled and clipped already.
+        scores: one per sequence, shaped already.
         logprobs: of the tokens, by the policy that sampled them.
         ref_logprobs: of the tokens, by the reference.
         mask: completion tokens.
         kl_coef: β, in reward per nat.
-        is_truncated: completions that were cut before their end-of-sequence token.
-        truncated_score: what those get as a score: their own ("keep"), none ("zero",
-            as ReaL), or this number instead.
 
     Returns:
         The rewards, and the KL penalties among them; both 0 outside `mask`.
     """
-    if truncated_score == "zero":
-        truncated_score = 0.0
-    if truncated_score != "keep":
-        if isinstance(truncated_score, str):
-            raise ValueError(
-                f"truncated_score is {truncated_score!r}; it must be 'keep', 'zero' or"
-                " a number."
-            )
-        scores = jnp.where(is_truncated, truncated_score, scores)
     is_last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
     kl_rewards = jnp.where(mask, -kl_coef * (logprobs - ref_logprobs), 0.0)
     return kl_rewards + jnp.where(is_last, scores[:, None], 0.0), kl_rewards

@@ -100,7 +100,7 @@ def sample(
     and chosen by the lower id.
 
     Args:
-        logits: of the next token, float32.
+        logits: of the next token.
         keys: one per row.
         sampling: temperature and filters.
         forbidden: tokens of probability 0: end-of-sequence tokens before
@@ -118,12 +118,12 @@ def sample(
                 " recorded: set min_new_tokens."
             )
         logits = jnp.where(forbidden, -jnp.inf, logits)
+    logits = scaled_logits(logits, sampling.temperature)  # Greedy: 1.
     if sampling.greedy:
         tokens, logprobs = _greedy(logits)
         if form is None:
             return tokens, logprobs, None
         return tokens, logprobs, _unfiltered_bits(logits, forbidden)
-    logits = scaled_logits(logits, sampling.temperature)
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     if form is None:
         return *_draw(*_exponentials(logits), uniforms), None

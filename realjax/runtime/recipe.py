@@ -19,7 +19,6 @@ from realjax.core.config import suggest, to_dataclass
 from realjax.data import reviews
 from realjax.data.datasets import load_records
 from realjax.data.tokenizer import Tokenizer
-from realjax.dataflow.graph import DataflowGraph
 from realjax.dataflow.plan import ExecutionPlan
 from realjax.runtime import run as run_lib
 from realjax.runtime import trainer
@@ -127,11 +126,6 @@ def plan(config: Any, cluster: int | None = None) -> ExecutionPlan:
         cluster: number of devices; by default those of this machine.
     """
     return run_lib.plan(_last_run(config), cluster)
-
-
-def graph(config: Any) -> DataflowGraph:
-    """The dataflow graph of a config; of stages, the last one's."""
-    return run_lib.make_graph(_last_run(config))
 
 
 def _last_run(config: Any) -> RunConfig:

@@ -362,6 +362,8 @@ class Trainer:
                     if name.startswith(("timing_s/", "perf/"))
                 }
             )
+        if self.samples.get("after"):
+            self.console.completions(self.samples["before"], self.samples["after"])
         page = report.write_report(
             self.workdir,
             title=f"{self.run.config.algorithm}: {self.workdir.name}",

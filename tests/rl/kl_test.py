@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from realjax.rl import kl
+from realjax.rl.masking import Mean
 
 
 def test_estimators_at_log_two():
@@ -38,11 +39,16 @@ def test_k2_and_k3_are_never_negative_and_zero_for_equal_policies():
         np.testing.assert_array_equal(estimator(x, x), np.zeros(x.shape))
 
 
+def mean(value, num_sequences):
+    return Mean(jnp.float32(value * num_sequences), jnp.float32(num_sequences))
+
+
 def test_kl_above_target_raises_the_coefficient():
     # KL 12 with target 6: the error 1 is clipped to 0.2; 256 sequences of 10000.
     #   0.1 · (1 + 0.2 · 0.0256) = 0.100512
     # ReaL gave the controller -0.1 · 12 instead of 12 and got 0.0995, every step.
-    raised = kl.adaptive_kl(0.1, 12.0, target=6.0, horizon=10000.0, num_sequences=256)
+    control = kl.KLControl(adaptive=True, target=6.0, horizon=10000.0)
+    raised = kl.next_coefficient(control, 0.1, mean(12.0, 256))
     np.testing.assert_allclose(raised, 0.100512, rtol=1e-6)
 
 
@@ -52,20 +58,21 @@ def test_kl_above_target_raises_the_coefficient():
     [(-1.0, 0.98), (0.0, 0.98), (5.4, 0.99), (6.0, 1.0), (6.6, 1.01), (60.0, 1.02)],
 )
 def test_coefficient_changes_by_a_fifth_at_most_over_the_horizon(measured, factor):
-    found = kl.adaptive_kl(
-        jnp.float32(0.5), measured, target=6.0, horizon=1000.0, num_sequences=100
-    )
+    control = kl.KLControl(adaptive=True, target=6.0, horizon=1000.0)
+    found = kl.next_coefficient(control, jnp.float32(0.5), mean(measured, 100))
     np.testing.assert_allclose(found, 0.5 * factor, rtol=1e-5)
 
 
 def test_controller_holds_a_kl_that_answers_to_it_at_its_target():
     # A policy whose KL is 1 / coefficient settles where 1 / coefficient = target.
     coef = jnp.float32(1.0)
-    step = jax.jit(
-        lambda c: kl.adaptive_kl(
-            c, 1 / c, target=4.0, horizon=1000.0, num_sequences=500
-        )
-    )
+    control = kl.KLControl(adaptive=True, target=4.0, horizon=1000.0)
+    step = jax.jit(lambda c: kl.next_coefficient(control, c, mean(1 / c, 500)))
     for _ in range(200):
         coef = step(coef)
     np.testing.assert_allclose(coef, 0.25, rtol=1e-3)
+
+
+def test_a_fixed_coefficient_stays_whatever_the_kl():
+    found = kl.next_coefficient(kl.KLControl(), jnp.float32(0.25), mean(60.0, 10000))
+    assert float(found) == 0.25

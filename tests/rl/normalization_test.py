@@ -133,3 +133,12 @@ def test_unknown_kind_and_useless_decay_are_refused():
         normalization.init("ema")
     with pytest.raises(ValueError, match=r"decay of the value normaliser is 1\.0"):
         normalization.init("exp", decay=1.0)
+
+
+def test_kind_none_stays_the_identity():
+    state = normalization.init("none")
+    x = jnp.array([[3.0, -70.0]])
+    for _ in range(3):
+        state = normalization.update(state, x, jnp.ones((1, 2), bool))
+    np.testing.assert_array_equal(normalization.normalize(state, x), x)
+    np.testing.assert_array_equal(normalization.denormalize(state, x), x)
