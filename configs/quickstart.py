@@ -19,6 +19,7 @@ from realjax.core.config import config_dict
 from realjax.data.datasets import DataConfig
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import RoleConfig
+from realjax.functions.score import RewardFunction
 from realjax.rl.sampling import Sampling
 from realjax.runtime.checkpoint import CheckpointConfig
 from realjax.runtime.run import EvaluationConfig, RunConfig
@@ -32,6 +33,7 @@ MODEL = {
     "mlp_width": 384,
     "max_positions": 256,
 }
+RULE = RewardFunction(fn="realjax.data.verifiers:positive_review")
 POLICY = "{workdir}/sft/export/policy"
 REWARD = "{workdir}/reward_model/export/reward"
 # Each call on its own part of the devices: training is cut by rows and by width,
@@ -117,7 +119,7 @@ def ppo(is_debug: bool) -> ConfigDict:
             steps=3 if is_debug else 40,
             allocations=ALLOCATIONS,
             allocations_devices=8,
-            evaluation=EvaluationConfig(num_samples=6),
+            evaluation=EvaluationConfig(num_samples=6, rewards=(RULE,)),
             checkpoint=CheckpointConfig(every_steps=20),
         )
     )

@@ -11,6 +11,7 @@ The last line is one JSON object: medians, and the spread over the repetitions.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -40,16 +41,16 @@ from realjax.rl.sampling import Sampling
 from realjax.runtime.executor import Executor
 from realjax.runtime.parameters import ParameterStore
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 4096,
-    "width": 256,
-    "num_layers": 4,
-    "num_heads": 8,
-    "num_kv_heads": 4,
-    "head_dim": 32,
-    "mlp_width": 768,
-    "max_positions": 512,
-}
+MODEL = ModelConfig(
+    vocab_size=4096,
+    width=256,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
+    mlp_width=768,
+    max_positions=512,
+)
 NO_EOS = (-1,)  # Completions run to their full length, so that all do equal work.
 REPETITIONS = 7
 
@@ -57,12 +58,12 @@ REPETITIONS = 7
 def make_executor(graph: DataflowGraph, width: int, texts: Tokenizer) -> Executor:
     """An executor of one device with new models for every role."""
     plan = make_plan(graph, num_devices=1, microbatch_tokens=2048)
-    heads = {"policy": "language", "reference": "language"}
+    heads: dict[str, Any] = {"policy": "language", "reference": "language"}
     roles = {
         name: Role(
             name=name,
             config=RoleConfig(),
-            model=ModelConfig(**SIZES | {"head": heads.get(name, "scalar")}),
+            model=dataclasses.replace(MODEL, head=heads.get(name, "scalar")),
             eos_ids=NO_EOS,
             dtype="float32",
             is_trained=name in graph.trained_roles,
@@ -93,7 +94,7 @@ def make_executor(graph: DataflowGraph, width: int, texts: Tokenizer) -> Executo
 
 def sft_batch(generator: np.random.Generator) -> Batch:
     """Eight full rows of 256 tokens."""
-    tokens = generator.integers(2, SIZES["vocab_size"], (8, 256)).astype(np.int32)
+    tokens = generator.integers(2, MODEL.vocab_size, (8, 256)).astype(np.int32)
     mask = np.ones_like(tokens, bool)
     mask[:, 0] = False
     return Batch.create(
@@ -103,7 +104,7 @@ def sft_batch(generator: np.random.Generator) -> Batch:
 
 def prompt_batch(generator: np.random.Generator) -> Batch:
     """Sixteen prompts of 64 tokens."""
-    prompts = generator.integers(2, SIZES["vocab_size"], (16, 64)).astype(np.int32)
+    prompts = generator.integers(2, MODEL.vocab_size, (16, 64)).astype(np.int32)
     return Batch.create({"prompts": prompts}, lengths=np.full(16, 64, np.int32))
 
 
@@ -213,7 +214,7 @@ def main() -> None:
         cold = child(arguments.repetitions, cache)
         warm = child(arguments.repetitions, cache)
     result = {"bench": "quick", **describe(), "repetitions": arguments.repetitions}
-    result["parameters"] = ModelConfig(**SIZES).num_parameters
+    result["parameters"] = MODEL.num_parameters
     result |= cold
     result["compile_seconds"] = {
         "cold": cold["compile_seconds"],

@@ -1,26 +1,100 @@
-"""What the commands share: config flags, where configs are found, clean errors."""
+"""What the commands share: flags, fields of a config as flags, errors as one message.
+
+    python -m realjax.cli.train --config=configs/ppo.py:debug --config.hp.kl.coef=0.2
+                                  └ a file: its get_config("debug")  └ any field of it
+
+A command is two functions: `declare` adds its flags to an empty set of them, `main`
+gets their values. Exit status 2 stands for a message to the person who typed the
+command, 130 for Ctrl-C; anything else that goes wrong is ours and shows a traceback.
+"""
 
 import os
 import pathlib
+import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 
 import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
+from realjax.core.config import suggest
+from realjax.functions.score import RewardError
 from realjax.runtime.checkpoint import CheckpointError
-from realjax.runtime.recipe import find_config
+from realjax.runtime.recipe import find_config, load_config
 from realjax.runtime.trainer import NonFiniteError
+from realjax.runtime.workdir import WorkdirError
 
-USER_ERRORS = (
-    ValueError,
-    TypeError,
-    FileNotFoundError,
-    CheckpointError,
-    NonFiniteError,
+Declare = Callable[[flags.FlagValues, list[str]], list[str]]
+Main = Callable[[flags.FlagValues], int]
+
+USER_ERRORS = (OSError, CheckpointError, NonFiniteError, RewardError, WorkdirError)
+"""Of the world around: files, disks, data. Shown without a traceback."""
+
+_HELP = ("-h", "-help", "--help", "-helpfull", "--helpfull")
+_PACKAGE = str(pathlib.Path(__file__).parents[1])
+_CONFIG_HELP = (
+    "Config file, as in configs/ppo.py or configs/ppo.py:debug; one that is not here is "
+    "looked for among those shipped. --config.a.b=value changes a field."
 )
-"""Raised with a message for the person who typed the command; shown without trace."""
+_FOOTER = "REALJAX_TRACEBACK=1 in the environment shows where an error came from."
+
+
+def run(declare: Declare, main: Main, arguments: Sequence[str], *, about: str) -> int:
+    """Parses flags and runs a command.
+
+    Args:
+        declare: adds flags; gets the arguments and returns those left to parse.
+        main: does the work; returns the exit status.
+        arguments: of the command line, without the program's name.
+        about: shown by `--help`, above the flags.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        if any(argument in _HELP for argument in arguments):
+            print(_help(declare, about))
+            return 0
+        return main(_parse(declare, list(arguments)))
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
+    except BrokenPipeError:  # Of `… | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, *USER_ERRORS) as error:
+        if os.environ.get("REALJAX_TRACEBACK") or not _is_for_the_user(error):
+            raise
+        return _fail(f"error: {error}", 2)
+
+
+def declare_config(
+    values: flags.FlagValues, arguments: list[str]
+) -> tuple[list[str], str]:
+    """Adds `--config`, and a flag for every field of it that the arguments name.
+
+    Args:
+        values: gets the flags.
+        arguments: of the command line.
+
+    Returns:
+        The arguments without `--config`; the name of its file, or "".
+
+    Raises:
+        FileNotFoundError: there is no such config; names those shipped.
+        ValueError: an argument names a field that the config does not have.
+    """
+    path, rest = _take_flag("config", arguments)
+    if path is None:
+        flags.DEFINE_string("config", None, _CONFIG_HELP, flag_values=values)
+        return rest, ""
+    config = load_config(path)
+    _check_fields(config, rest)
+    config_flags.DEFINE_config_dict(
+        "config", config, _CONFIG_HELP, flag_values=values, sys_argv=rest
+    )
+    return rest, find_config(path.partition(":")[0]).stem
 
 
 def use_compilation_cache() -> None:
@@ -39,54 +113,88 @@ def use_cpu_devices(count: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses flags and runs a command; user errors become one message and status 2."""
+def _parse(declare: Declare, arguments: list[str]) -> flags.FlagValues:
+    values = flags.FlagValues()
     try:
-        sys.argv = [_with_found_config(argument) for argument in sys.argv]
-        app.run(lambda _: _guarded(main), flags_parser=_parse)
-    except FileNotFoundError as error:
-        _fail(error)
-
-
-def define_config() -> flags.FlagHolder:
-    """The flag `--config`, a file whose fields are flags too."""
-    return config_flags.DEFINE_config_file(
-        "config", None, "Config file, as in configs/ppo.py or configs/ppo.py:debug."
-    )
-
-
-def _with_found_config(argument: str) -> str:
-    for prefix in ("--config=", "-config="):
-        if argument.startswith(prefix):
-            path, colon, variant = argument.removeprefix(prefix).partition(":")
-            return f"{prefix}{find_config(path)}{colon}{variant}"
-    return argument
-
-
-def _parse(arguments: list[str]) -> list[str]:
-    """Parses flags; a misspelt config field is answered with the nearest one."""
-    try:
-        return flags.FLAGS(arguments)
+        left = values(["", *declare(values, arguments)])[1:]
+    except flags.UnrecognizedFlagError as error:
+        name = error.flagname
+        raise ValueError(
+            f"There is no flag --{name}. {suggest(name, values)}"
+        ) from None
+    except flags.IllegalFlagValueError as error:
+        raise ValueError(_wrong_value(values, str(error))) from None
     except flags.Error as error:
-        _fail(error)
-    except (AttributeError, KeyError) as error:
-        _fail(f"A flag names no field of the config: {error}")
-    except (ValueError, TypeError) as error:
-        _fail(error)
-    raise AssertionError("unreachable")
+        raise ValueError(str(error)) from None
+    if left:
+        raise ValueError(f"{left[0]!r} is no flag. Write --name=value; see --help.")
+    return values
 
 
-def _guarded(main: Callable[[], None]) -> None:
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
-    try:
-        main()
-    except USER_ERRORS as error:
-        if os.environ.get("REALJAX_TRACEBACK"):
-            raise
-        _fail(error)
+def _wrong_value(values: flags.FlagValues, text: str) -> str:
+    """The message of a flag whose value has another type."""
+    match = re.fullmatch(r"flag --([^=]+)=(.*?): (.*)", text, re.DOTALL)
+    if match is None:
+        return text
+    name, value, reason = match.groups()
+    kind = values[name].flag_type() if name in values else ""
+    return f"--{name}={value}: a value of type {kind} is needed ({reason})."
 
 
-def _fail(error: object) -> None:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+def _take_flag(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The last value of `--name=value` or `--name value`, and the other arguments."""
+    value, rest, index = None, [], 0
+    while index < len(arguments):
+        argument = arguments[index]
+        if re.match(f"--?{name}=", argument):
+            value = argument.partition("=")[2]
+        elif argument in (f"-{name}", f"--{name}"):
+            index += 1
+            if index == len(arguments):
+                raise ValueError(f"--{name} has no value. Write --{name}=value.")
+            value = arguments[index]
+        else:
+            rest.append(argument)
+        index += 1
+    return value, rest
+
+
+def _check_fields(config: ConfigDict, arguments: list[str]) -> None:
+    """Refuses `--config.a.b` where the config has no such field."""
+    for argument in arguments:
+        match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        node, path = config, "config"
+        for name in match[1].split(".") if match else ():
+            if "[" in name:  # An item of a tuple.
+                break
+            if not isinstance(node, ConfigDict):
+                raise ValueError(f"{argument}: {path} is {node!r} and has no fields.")
+            if name not in node:
+                raise ValueError(
+                    f"{argument}: {path} has no field {name!r}. {suggest(name, node)}"
+                )
+            node, path = node[name], f"{path}.{name}"
+
+
+def _help(declare: Declare, about: str) -> str:
+    values = flags.FlagValues()
+    declare(values, [])
+    lines = [about.strip(), "", "Flags:"]
+    for name in values:
+        flag = values[name]
+        default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+        lines.append(f"  --{name}  {flag.help}{default}")
+    return "\n".join([*lines, "", _FOOTER])
+
+
+def _is_for_the_user(error: BaseException) -> bool:
+    """Whether the error was raised by a check of ours, or tells of files."""
+    if isinstance(error, USER_ERRORS):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return not frames or frames[-1].filename.startswith(_PACKAGE)
+
+
+def _fail(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return status

@@ -1,67 +1,159 @@
 """Samples completions of a checkpoint's model, as JSON Lines.
 
-python -m realjax.cli.sample --model=FOLDER --prompts=prompts.jsonl --n=4
-echo "The kettle arrived and" | python -m realjax.cli.sample --model=FOLDER
+    python -m realjax.cli.sample --model=FOLDER --prompts=prompts.jsonl --n=4
+    echo "The kettle arrived and" | python -m realjax.cli.sample --model=FOLDER
+
+A line holds `prompt`, `completion`, `ids`, `logprobs` (nats) and `finish_reason`:
+"stop" at an end-of-sequence token, else "length".
 """
 
 import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Iterable, Sequence
 
 from absl import flags
 
 from realjax.cli import flags as cli_flags
-from realjax.data.datasets import load_records
+from realjax.data.records import load_records, read_examples
 from realjax.rl.sampling import Sampling
 from realjax.runtime import model as model_lib
 from realjax.runtime.console import Console
-from realjax.runtime.sample import sample
+from realjax.runtime.model import Model
+from realjax.runtime.sample import Completion, sample
 
-MODEL = flags.DEFINE_string("model", None, "Folder of a Hugging Face checkpoint.")
-PROMPTS = flags.DEFINE_string(
-    "prompts",
-    "",
-    "JSON Lines with `prompt`, or a text file of one prompt a line; "
-    "by default the terminal's input.",
-)
-OUTPUT = flags.DEFINE_string("output", "", "JSON Lines file; by default the terminal.")
-N = flags.DEFINE_integer("n", 1, "Completions per prompt.")
-ROWS = flags.DEFINE_integer("rows", 0, "Completions at the same time; 0 means all.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
-ALLOCATION = flags.DEFINE_string("allocation", "", "As in d2t4.")
-DTYPE = flags.DEFINE_string("dtype", "", "float32 or bfloat16.")
-CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Virtual devices without a GPU.")
-OPTIONS = {
-    field.name: {
+
+def declare(values: flags.FlagValues, arguments: list[str]) -> list[str]:
+    """Adds the flags; those of `Sampling` with its names and defaults."""
+    for name, default, about in (
+        ("model", "", "Folder of a Hugging Face checkpoint."),
+        (
+            "prompts",
+            "",
+            "A .jsonl or .json file of records with `prompt`, or a text file of one "
+            "prompt a line; by default the terminal's input.",
+        ),
+        ("output", "", "JSON Lines file; by default the terminal."),
+        ("allocation", "", "As in d2t4; by default data parallel over all devices."),
+        ("dtype", "", "float32 or bfloat16; by default bfloat16 on a GPU."),
+    ):
+        flags.DEFINE_string(name, default, about, flag_values=values)
+    for name, default, about in (
+        ("n", 1, "Completions per prompt."),
+        ("rows", 0, "Completions sampled at the same time; 0 means all."),
+        ("seed", 0, "Of the draws."),
+        ("cpu_devices", 0, "Virtual devices, where there is no GPU."),
+    ):
+        flags.DEFINE_integer(name, default, about, flag_values=values)
+    define = {
         bool: flags.DEFINE_bool,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
-    }[type(field.default)](field.name, field.default, f"Sampling.{field.name}.")
-    for field in dataclasses.fields(Sampling)
+    }
+    for field in dataclasses.fields(Sampling):
+        about = _SAMPLING[field.name]
+        define[type(field.default)](
+            field.name, field.default, about, flag_values=values
+        )
+    return arguments
+
+
+_SAMPLING = {
+    "temperature": "Divides the logits; 0 is greedy.",
+    "top_k": "Most likely tokens to draw from; 0 means all.",
+    "top_p": "Draw from the fewest tokens whose probabilities add up to it.",
+    "union": "Take top_p of all tokens, and not of those that top_k left.",
+    "greedy": "Always the most likely token.",
+    "min_new_tokens": "End-of-sequence tokens are forbidden before as many.",
+    "max_new_tokens": "Most tokens of a completion.",
 }
 
 
-def main() -> None:
+def main(values: flags.FlagValues) -> int:
     """Reads prompts, samples, writes one line a completion."""
-    if not MODEL.value:
+    if not values.model:
         raise ValueError("--model is missing: the folder of a checkpoint.")
+    options = {f.name: values[f.name].value for f in dataclasses.fields(Sampling)}
+    Sampling(**options)  # Refused before anything is read.
+    output = _writable(values.output) if values.output else None
+    found = _read_input(values.prompts)
     cli_flags.use_compilation_cache()
-    cli_flags.use_cpu_devices(CPU_DEVICES.value)
-    prompts = _read_prompts()
-    model = model_lib.load(MODEL.value, ALLOCATION.value or None, DTYPE.value or None)
+    cli_flags.use_cpu_devices(values.cpu_devices)
+    model = model_lib.load(
+        values.model, values.allocation or None, values.dtype or None
+    )
+    prompts = _prompt_texts(found, model)
     console = Console(file=sys.stderr)
     with console.waves() as on_wave:
-        found = sample(
+        completions = sample(
             model,
             prompts,
-            completions_per_prompt=N.value,
-            rows=ROWS.value,
-            seed=SEED.value,
+            completions_per_prompt=values.n,
+            rows=values.rows,
+            seed=values.seed,
             on_wave=on_wave,
-            **{name: flag.value for name, flag in OPTIONS.items()},
+            **options,
         )
-    lines = [
+    lines = _lines(prompts, completions)
+    if output is None:
+        print("\n".join(lines))
+    else:
+        partial = output.with_name(f".{output.name}.partial")
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.replace(output)
+        console.print(f"{len(lines)} completions in {output}")
+    return 0
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Runs the command; returns its exit status."""
+    return cli_flags.run(declare, main, arguments, about=__doc__ or "")
+
+
+def _writable(path: str) -> pathlib.Path:
+    """The path of a file that can be written; said before the work is done."""
+    output = pathlib.Path(path)
+    if output.is_dir():
+        raise IsADirectoryError(f"--output={path} is a folder. Give a file's name.")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"--output={path}: there is no folder {output.absolute().parent}. Make it."
+        )
+    return output
+
+
+def _read_input(path: str) -> list[str] | list[dict]:
+    """Lines of text, or records of a .jsonl or .json file."""
+    if path.endswith((".jsonl", ".json")):
+        return load_records(path)
+    if path and not pathlib.Path(path).is_file():
+        raise FileNotFoundError(
+            f"--prompts={path}: there is no such file. Give a .jsonl or text file."
+        )
+    if not path and sys.stdin.isatty():
+        print("Prompts, one a line; Ctrl-D ends them.", file=sys.stderr)
+    text = pathlib.Path(path).read_text(encoding="utf-8") if path else sys.stdin.read()
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        where = path or "the terminal's input"
+        raise ValueError(f"There are no prompts in {where}. Write one a line.")
+    return lines
+
+
+def _prompt_texts(found: list, model: Model) -> list[str]:
+    """Texts of the prompts; conversations by the model's chat template."""
+    if isinstance(found[0], str):
+        return found
+    if model.tokenizer is None:
+        raise ValueError("The model's folder has no tokenizer.json, and text needs it.")
+    return [
+        example.prompt for example in read_examples(found, "prompts", model.tokenizer)
+    ]
+
+
+def _lines(prompts: Sequence[str], completions: Iterable[Completion]) -> list[str]:
+    return [
         json.dumps(
             {
                 "prompt": prompts[one.prompt],
@@ -72,34 +164,9 @@ def main() -> None:
             },
             ensure_ascii=False,
         )
-        for one in found
+        for one in completions
     ]
-    if OUTPUT.value:
-        pathlib.Path(OUTPUT.value).write_text("\n".join(lines) + "\n")
-        console.print(f"{len(lines)} completions in {OUTPUT.value}")
-    else:
-        print("\n".join(lines))
-
-
-def _read_prompts() -> list[str]:
-    """From a file, or the terminal's input, one a line."""
-    if PROMPTS.value.endswith((".jsonl", ".json")):
-        records = load_records(PROMPTS.value)
-        for number, record in enumerate(records, start=1):
-            if not isinstance(record.get("prompt"), str):
-                raise ValueError(
-                    f"{PROMPTS.value}: record {number} has no text `prompt`."
-                )
-        return [record["prompt"] for record in records]
-    if PROMPTS.value:
-        lines = pathlib.Path(PROMPTS.value).read_text().splitlines()
-    else:
-        lines = sys.stdin.read().splitlines()
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError("There are no prompts: the input is empty.")
-    return prompts
 
 
 if __name__ == "__main__":
-    cli_flags.run(main)
+    sys.exit(command(sys.argv[1:]))

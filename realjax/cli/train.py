@@ -8,31 +8,41 @@ The same command goes on with a run that was stopped.
 
 import pathlib
 import sys
+from collections.abc import Sequence
 
 from absl import flags
 
 from realjax.cli import flags as cli_flags
 from realjax.runtime.recipe import train
 
-CONFIG = cli_flags.define_config()
-WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Folder of the run; by default runs/<name of the config>."
-)
+
+def declare(values: flags.FlagValues, arguments: list[str]) -> list[str]:
+    """Adds the flags."""
+    rest, name = cli_flags.declare_config(values, arguments)
+    flags.DEFINE_string(
+        "workdir",
+        f"runs/{name}" if name else "",
+        "Folder of the run; by default runs/<name of the config>.",
+        flag_values=values,
+    )
+    return rest
 
 
-def main() -> None:
-    """Trains; exits with 130 when stopped by a signal before the end."""
-    config = CONFIG.value
+def main(values: flags.FlagValues) -> int:
+    """Trains; 130 when stopped by a signal before the end."""
+    config = values.config
     if config is None:
         raise ValueError("--config is missing, as in --config=configs/quickstart.py.")
     cli_flags.use_compilation_cache()
     cli_flags.use_cpu_devices(config.get("cpu_devices", 0))
-    file = next(a for a in sys.argv if a.lstrip("-").startswith("config="))
-    name = pathlib.Path(file.partition("=")[2].partition(":")[0]).stem
-    result = train(config, pathlib.Path(WORKDIR.value or f"runs/{name}"))
-    if not result.is_finished:
-        sys.exit(130)
+    result = train(config, pathlib.Path(values.workdir))
+    return 0 if result.is_finished else 130
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Runs the command; returns its exit status."""
+    return cli_flags.run(declare, main, arguments, about=__doc__ or "")
 
 
 if __name__ == "__main__":
-    cli_flags.run(main)
+    sys.exit(command(sys.argv[1:]))

@@ -77,6 +77,7 @@ class TrainProgram:
             donate_argnums=0,
             out_shardings=(self.shardings, self._whole),
         )
+        self._no_measures = jax.jit(self._zero_means, out_shardings=self._whole)
         self._measure = jax.jit(
             self._add_measures, donate_argnums=1, out_shardings=self._whole
         )
@@ -125,10 +126,7 @@ class TrainProgram:
     ) -> dict[str, Mean]:
         """The loss and its metrics, without a gradient."""
         first = packed.packing_arrays(microbatches[0])
-        shapes = jax.eval_shape(self._losses, parameters, batch, first)
-        measures = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype, device=self._whole), shapes
-        )
+        measures = self._no_measures(parameters, batch, first)
         for packing in microbatches:
             measures = self._measure(
                 parameters, measures, batch, packed.packing_arrays(packing)
@@ -151,9 +149,12 @@ class TrainProgram:
         return {"loss": loss, **metrics}
 
     def _zero_sums(self, parameters, batch, packing):
+        zeros = jax.tree.map(jnp.zeros_like, parameters)
+        return zeros, self._zero_means(parameters, batch, packing)
+
+    def _zero_means(self, parameters, batch, packing):
         means = jax.eval_shape(self._losses, parameters, batch, packing)
-        zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
-        return jax.tree.map(zeros, parameters), jax.tree.map(zeros, means)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), means)
 
     def _add_gradients(self, parameters, sums, batch, packing):
         gradient_sum, mean_sums = sums

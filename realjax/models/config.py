@@ -1,7 +1,6 @@
 """The configuration of a model: sizes, rotary scaling, head."""
 
 import dataclasses
-from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +18,7 @@ class RopeScaling:
         original_max_positions: "llama3" only; tokens of the original context.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: str
     factor: float
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
@@ -83,7 +82,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
-    head: Literal["language", "scalar"] = "language"
+    head: str = "language"
     max_positions: int = 2048
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()

@@ -14,7 +14,7 @@ norm scales as ones.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -31,8 +31,6 @@ from realjax.models.cache import Cache
 from realjax.models.config import ModelConfig
 from realjax.models.mlp import GatedMLP
 from realjax.models.norm import RMSNorm
-
-Remat = Literal["none", "block", "dots"]
 
 INIT_DEVIATION = 0.02
 
@@ -161,7 +159,7 @@ def hidden_states(
     segment_ids: Int[Array, "R S"],
     *,
     dtype: DTypeLike = jnp.float32,
-    remat: Remat = "none",
+    remat: str = "none",
     constrain: Constrain = unconstrained,
 ) -> Float[Array, "R S D"]:
     """Run the model over packed rows; a token sees the earlier ones of its segment.
@@ -269,7 +267,7 @@ def _final_norm(
     return _apply(RMSNorm(config.norm_epsilon, dtype), parameters["final_norm"], x)
 
 
-def _rematerialized(layer: Callable, remat: Remat) -> Callable:
+def _rematerialized(layer: Callable, remat: str) -> Callable:
     if remat == "none":
         return layer
     if remat == "block":

@@ -278,7 +278,7 @@ def _inverse_cdf(weights, uniforms):
     """Return the first place where the summed weights pass a share of their total."""
     sums = jnp.cumsum(weights, axis=-1)
     places = jnp.arange(weights.shape[-1], dtype=jnp.int32)[None, :]
-    # Rounding may pass the share at a weight of 0, or not at all.
+    # Rounded sums may rise at a weight of 0, or end below the share.
     passes = (sums > uniforms[:, None] * sums[:, -1:]) & (weights > 0)
     first = jnp.min(jnp.where(passes, places, weights.shape[-1]), axis=-1)
     last = jnp.max(jnp.where(weights > 0, places, 0), axis=-1)

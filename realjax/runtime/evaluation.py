@@ -4,6 +4,7 @@ Completions are drawn with the same keys every time, so that numbers before and 
 training differ by the parameters alone.
 """
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 
 from realjax.data.loader import evaluation_batches
 from realjax.functions.function import Generate
+from realjax.functions.score import RewardWorkers
 from realjax.rl.masking import Mean
 from realjax.runtime.console import Console
-from realjax.runtime.executor import Executor, completion_texts, to_numbers
+from realjax.runtime.executor import Executor
+from realjax.runtime.measures import to_numbers
 from realjax.runtime.run import Run
 
 
@@ -41,62 +44,69 @@ def evaluate(run: Run, executor: Executor, console: Console, when: str) -> Evalu
         when: a word for the progress bar.
     """
     assert run.valid_data is not None
-    config = run.config.data
-    size = config.valid_batch_size or config.batch_size
+    config, rewards = run.config, run.config.evaluation.rewards
+    size = config.data.valid_batch_size or config.data.batch_size
     batches = list(evaluation_batches(run.valid_data, size))
     totals: dict[str, list[Any]] = {}
+    scores: dict[str, list[np.ndarray]] = {}
     samples: list[dict[str, Any]] = []
-    scores: list[np.ndarray] = []
-    with console.progress(f"evaluation {when}", len(batches)) as advance:
+    workers = RewardWorkers(rewards) if rewards else None
+    with (
+        workers or contextlib.nullcontext(),
+        console.progress(f"evaluation {when}", len(batches)) as advance,
+    ):
         for index, batch in enumerate(batches):
             metrics, buffer = executor.run(batch, step=index, training=False)
-            count = float(np.sum(batch.ids >= 0))
+            real = np.flatnonzero(batch.ids >= 0)
             for name, parts in metrics.items():
                 totals.setdefault(name, []).extend(
-                    part
-                    if isinstance(part, Mean)
-                    else Mean(jnp.float32(part * count), jnp.float32(count))
+                    part if isinstance(part, Mean) else _mean(part, len(real))
                     for part in parts
                 )
-            if len(samples) < run.config.evaluation.num_samples:
-                samples += _samples(run, buffer)
+            found = {}
             if "scores" in buffer:
-                scores.append(buffer.host("scores")[buffer.ids >= 0])
+                found["scores"] = buffer.host("scores")[buffer.ids >= 0]
+            texts = executor.texts(buffer) if _generates(run) else None
+            if workers is not None and texts is not None:
+                found |= workers.score_each(*texts)
+            for name, values in found.items():
+                scores.setdefault(name, []).append(values)
+            if texts is not None and len(samples) < config.evaluation.num_samples:
+                samples += _samples(texts, found.get("scores"))
             advance()
-    numbers = to_numbers(totals)
-    skip = ("learning_rate", "grad_norm", "skipped", "nonfinite")
+    skipped = ("learning_rate", "grad_norm", "skipped", "nonfinite")
     numbers = {
         f"eval/{name}": value
-        for name, value in numbers.items()
-        if not name.startswith(skip)
+        for name, value in to_numbers(totals).items()
+        if not name.startswith(skipped)
     }
-    if scores:
-        every = np.concatenate(scores)
-        numbers["eval/scores_mean"] = float(every.mean())
-        numbers["eval/scores_standard_error"] = float(
-            every.std(ddof=1) / np.sqrt(len(every)) if len(every) > 1 else 0.0
-        )
-    return Evaluation(
-        numbers=numbers, samples=samples[: run.config.evaluation.num_samples]
-    )
+    for name, parts in scores.items():
+        numbers |= _mean_and_error(f"eval/{name}", np.concatenate(parts))
+    return Evaluation(numbers=numbers, samples=samples[: config.evaluation.num_samples])
 
 
-def _samples(run: Run, buffer) -> list[dict[str, Any]]:
-    """Texts and scores of a batch's completions, if it has any."""
-    if not any(isinstance(c.function, Generate) for c in run.graph.calls.values()):
-        return []
-    rows = np.flatnonzero(buffer.ids >= 0)
-    prompts, completions = completion_texts(
-        run.tokenizer,
-        buffer.host("tokens")[rows],
-        buffer.host("completion_mask")[rows],
-    )
-    scores = buffer.host("scores")[rows] if "scores" in buffer else [None] * len(rows)
+def _generates(run: Run) -> bool:
+    return any(isinstance(c.function, Generate) for c in run.graph.calls.values())
+
+
+def _mean(value: float, weight: int) -> Mean:
+    return Mean(jnp.float32(value * weight), jnp.float32(weight))
+
+
+def _mean_and_error(name: str, values: np.ndarray) -> dict[str, float]:
+    """Mean over all completions, and the standard error of that mean."""
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {
+        f"{name}_mean": float(values.mean()),
+        f"{name}_standard_error": float(error),
+    }
+
+
+def _samples(texts, scores: np.ndarray | None) -> list[dict[str, Any]]:
+    """Texts and scores of a batch's completions."""
+    prompts, completions, _ = texts
+    known = [None] * len(prompts) if scores is None else scores.tolist()
     return [
-        {
-            "prompt": prompt,
-            "completion": completion,
-            "score": None if score is None else float(score),
-        }
-        for prompt, completion, score in zip(prompts, completions, scores, strict=True)
+        {"prompt": prompt, "completion": completion, "score": score}
+        for prompt, completion, score in zip(prompts, completions, known, strict=True)
     ]

@@ -33,15 +33,16 @@ from realjax.functions.train import TrainProgram, minibatch_order
 from realjax.parallel.mesh import make_mesh
 from realjax.parallel.sharding import replicated, rows_sharding
 from realjax.realloc.transfer import Traffic
-from realjax.rl.masking import Mean
+from realjax.runtime.measures import (
+    Metrics,
+    completion_metrics,
+    completion_texts,
+)
 from realjax.runtime.parameters import ParameterStore
 from realjax.runtime.watch import Watch
 
 SEQUENCES_PER_ROW = 8
 """Sequences that a microbatch has room for, per packed row."""
-
-Metrics = dict[str, list[Any]]
-"""Means still on the device, or numbers of the host, by metric name."""
 
 
 class Executor:
@@ -176,14 +177,8 @@ class Executor:
 
     def _generate(self, name, node, buffer, step, training, on_wave) -> Metrics:
         spec: Generate = node.function
-        allocation = self.plan.calls[name].allocation
         size, group = buffer.size, spec.completions_per_prompt
-        program = self._program(name, size)
-        prompts = {
-            "prompts": buffer.get(node.key("prompts"), allocation),
-            "lengths": buffer.lengths["prompts"],
-            "ids": buffer.ids.astype(np.uint32),
-        }
+        program, prompts = self._program(name, size), self._prompts(name, node, buffer)
         key = self._key(name, step, training)
         waves = program.num_waves(size)
         with self._timed(name, step) as event:
@@ -200,9 +195,9 @@ class Executor:
             if (value := getattr(rollout, local)) is not None:
                 buffer.put(node.key(local), value)
         lengths = np.asarray(rollout.lengths)
-        prompt_lengths = np.repeat(prompts["lengths"], group)
+        prompt_lengths = np.repeat(buffer.lengths["prompts"], group)
         buffer.lengths[node.key("tokens")] = lengths
-        return _completion_metrics(
+        return completion_metrics(
             lengths, prompt_lengths, np.asarray(rollout.is_truncated)
         )
 
@@ -257,49 +252,70 @@ class Executor:
         return {key: [mean] for key, mean in metrics.items()}
 
     def _score(self, name, node, buffer, step) -> Metrics:
-        tokens = buffer.host(node.key("tokens"))
-        mask = buffer.host(node.key("completion_mask"))
-        real = np.flatnonzero(buffer.ids >= 0)
         with self.watch.calling(name, step=step, kind="host"):
-            prompts, completions = completion_texts(
-                self.tokenizer, tokens[real], mask[real]
-            )
-            columns = {
-                key: [values[row] for row in real]
-                for key, values in buffer.columns.items()
-                if key != "prompt"
-            }
-            found = self._workers[name].score(prompts, completions, columns)
-        scores = np.zeros(len(tokens), np.float32)
-        scores[real] = found
+            texts = self.texts(buffer, node.key("tokens"), node.key("completion_mask"))
+            each = self._workers[name].score_each(*texts)
+        real = np.flatnonzero(buffer.ids >= 0)
+        scores = np.zeros(buffer.size, np.float32)
+        metrics: Metrics = {}
+        for reward in node.function.rewards:
+            found = each[reward.name]
+            scores[real] += np.float32(reward.weight) * found
+            metrics[f"rewards/{reward.name}/mean"] = [float(found.mean())]
+            metrics[f"rewards/{reward.name}/std"] = [float(found.std())]
+            failures = self._workers[name].num_failures[reward.name]
+            metrics[f"rewards/{reward.name}/failures"] = [float(failures)]
         buffer.put(node.key("scores"), scores)
-        return {}
+        return metrics
+
+    def texts(
+        self, buffer: Buffer, tokens: str = "tokens", mask: str = "completion_mask"
+    ) -> tuple[list[str], list[str], dict[str, list]]:
+        """Prompts, completions and text columns of a batch, as rewards take them."""
+        real = np.flatnonzero(buffer.ids >= 0)
+        prompts, completions = completion_texts(
+            self.tokenizer, buffer.host(tokens)[real], buffer.host(mask)[real]
+        )
+        columns = {
+            key: [values[row] for row in real]
+            for key, values in buffer.columns.items()
+            if key != "prompt"
+        }
+        return prompts, completions, columns
 
     def compile_prompt_widths(self, widths: Sequence[int], num_prompts: int) -> None:
         """Compiles generation for every prompt width, on prompts of no tokens."""
         for name, node in self.graph.calls.items():
             if not isinstance(node.function, Generate) or node.role is None:
                 continue
+            place = self._place(name)
+            is_copied = place.key != self.store.homes[node.role].key
+            if is_copied:
+                self.store.move(node.role, place, Traffic())
+            parameters = self.store.get(node.role, place)
+            program = self._program(name, num_prompts)
             for width in widths:
-                prompts = {
-                    "prompts": np.zeros((num_prompts, width), np.int32),
-                    "lengths": np.zeros(num_prompts, np.int32),
-                    "ids": np.zeros(num_prompts, np.uint32),
-                }
-                batch = Batch.create({"prompts": prompts["prompts"]})
-                self._compile_generate(name, node, Buffer(batch), prompts)
+                prompts = np.zeros((num_prompts, width), np.int32)
+                buffer = Buffer(
+                    Batch.create(
+                        {"prompts": prompts}, lengths=np.zeros(num_prompts, np.int32)
+                    )
+                )
+                inputs = self._prompts(name, node, buffer)
+                jax.block_until_ready(
+                    program(parameters, inputs, self._key(name, 0, training=False))
+                )
+            if is_copied:
+                self.store.release(node.role, place)
 
-    def _compile_generate(self, name, node, buffer, prompts) -> None:
-        place, allocation = self._place(name), self.plan.calls[name].allocation
-        is_copied = place.key != self.store.homes[node.role].key
-        if is_copied:
-            self.store.move(node.role, place, Traffic())
-        prompts["prompts"] = buffer.get(node.key("prompts"), allocation)
-        program = self._program(name, buffer.size)
-        parameters = self.store.get(node.role, place)
-        jax.block_until_ready(program(parameters, prompts, self._key(name, 0, False)))
-        if is_copied:
-            self.store.release(node.role, place)
+    def _prompts(self, name, node, buffer) -> dict[str, Array | np.ndarray]:
+        """What a generating call takes."""
+        allocation = self.plan.calls[name].allocation
+        return {
+            "prompts": buffer.get(node.key("prompts"), allocation),
+            "lengths": buffer.lengths["prompts"],
+            "ids": buffer.ids.astype(np.uint32),
+        }
 
     def _timed(self, name: str, step: int):
         """Observes a call."""
@@ -420,57 +436,13 @@ class Executor:
     def _train_metrics(self, node: ModelFunctionCall, reports) -> Metrics:
         """Names of a training call's metrics: by role where several roles learn."""
         spec: Train = node.function  # pyright: ignore[reportAssignmentType]: a Train
-        several = len(self.graph.trained_roles) > 1
-        suffix = f"/{node.role}" if several else ""
+        suffix = f"/{node.role}" if len(self.graph.trained_roles) > 1 else ""
         common = ("grad_norm", "learning_rate", "skipped", "nonfinite")
-        names = {name: name + suffix for name in common} | {"loss": spec.loss_name}
+        names: dict[str, str] = {name: name + suffix for name in common}
+        names["loss"] = spec.loss_name
         metrics: Metrics = {}
         for report in reports:
             for name, mean in report.items():
-                metrics.setdefault(names.get(name, name), []).append(mean)
+                key = names[name] if name in names else name
+                metrics.setdefault(key, []).append(mean)
         return metrics
-
-
-def completion_texts(
-    tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray
-) -> tuple[list[str], list[str]]:
-    """Text of each prompt and each completion, without special tokens.
-
-    Args:
-        tokenizer: decodes.
-        tokens: [B, T].
-        mask: [B, T], true on completions, which begin where prompts end.
-    """
-    prompts, completions = [], []
-    for row, is_completion in zip(tokens, mask, strict=True):
-        first = int(np.argmax(is_completion)) if is_completion.any() else len(row)
-        prompts.append(tokenizer.decode(row[:first].tolist()))
-        completions.append(tokenizer.decode(row[is_completion].tolist()))
-    return prompts, completions
-
-
-def _completion_metrics(lengths, prompt_lengths, is_truncated) -> Metrics:
-    real = prompt_lengths > 0
-    completions = (lengths - prompt_lengths)[real]
-    return {
-        "completions/mean_length": [float(completions.mean())],
-        "completions/min_length": [float(completions.min())],
-        "completions/max_length": [float(completions.max())],
-        "completions/clipped_ratio": [float(is_truncated[real].mean())],
-        "prompts/mean_length": [float(prompt_lengths[real].mean())],
-        "val/num_eos_tokens": [float((~is_truncated[real]).sum())],
-    }
-
-
-def to_numbers(metrics: Metrics) -> dict[str, float]:
-    """Metrics as floats: Means of several minibatches become one mean. Waits."""
-    numbers = {}
-    for name, parts in metrics.items():
-        total = weight = 0.0
-        for part in parts:
-            is_mean = isinstance(part, Mean)
-            total += float(part.total if is_mean else part)
-            weight += float(part.weight if is_mean else 1.0)
-        summed = name.split("/")[0] in ("skipped", "nonfinite")
-        numbers[name] = total if summed else total / weight if weight else 0.0
-    return numbers

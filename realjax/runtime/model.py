@@ -2,14 +2,17 @@
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from realjax.core.arrays import Array, Float, Int, PyTree
+from realjax.core.config import check_choice
 from realjax.data.tokenizer import Tokenizer
+from realjax.functions.role import DTYPES
 from realjax.models import heads, hf, transformer
 from realjax.models.config import ModelConfig
 from realjax.parallel.allocation import Allocation
@@ -31,6 +34,7 @@ class Model:
         allocation: devices and strategy.
         dtype: of matrix products.
         tokenizer: where the folder had one; needed for text only.
+        programs: compiled for sampling, by what they depend on.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Model:
         self.config, self.parameters = config, parameters
         self.allocation, self.dtype, self.tokenizer = allocation, dtype, tokenizer
         self.mesh = make_mesh(allocation)
+        self.programs: dict[Hashable, Any] = {}
 
     def logits(
         self,
@@ -61,9 +66,23 @@ class Model:
 
         Returns:
             [B, T, V] float32.
+
+        Raises:
+            ValueError: the model has a scalar head, or an id is not in its vocabulary.
         """
+        if self.config.head != "language":
+            raise ValueError(
+                "The model has a scalar head (a reward model or critic) and no logits. "
+                "Use `scores`, or load a language model."
+            )
         tokens = np.asarray(tokens, np.int32)
+        check_ids(tokens, self.config, "tokens")
         segments = np.ones_like(tokens) if segment_ids is None else segment_ids
+        if np.shape(segments) != tokens.shape:
+            raise ValueError(
+                f"segment_ids has the shape {np.shape(segments)} and tokens "
+                f"{tokens.shape}. Give one segment id for each token."
+            )
         return self._logits(*self._rows(tokens, segments))[: len(tokens)]
 
     def scores(
@@ -79,8 +98,24 @@ class Model:
 
         Returns:
             [B] float32.
+
+        Raises:
+            ValueError: the model has a language head, an id is not in its vocabulary,
+                or a length is not from 1 to T.
         """
+        if self.config.head != "scalar":
+            raise ValueError(
+                "The model has a language head and gives no scores. Use `logits`, or "
+                "load a reward model or critic."
+            )
         tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
+        check_ids(tokens, self.config, "tokens")
+        is_length = (lengths >= 1) & (lengths <= tokens.shape[1])
+        if len(lengths) != len(tokens) or not is_length.all():
+            raise ValueError(
+                f"lengths is {lengths.tolist()} for tokens of shape {tokens.shape}. "
+                f"Give each row a length from 1 to {tokens.shape[1]}."
+            )
         segments = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
         scalars = self._scalars(*self._rows(tokens, segments))
         return scalars[np.arange(len(tokens)), lengths - 1]
@@ -145,9 +180,12 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such folder or it holds no model.
-        ValueError: the model or the allocation is not supported.
+        ValueError: the model, the allocation or the type is not supported, or a file is
+            broken.
     """
     folder = pathlib.Path(folder)
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
     config = hf.read_config(folder)
     if not isinstance(allocation, Allocation):
         allocation = Allocation.parse(allocation or f"d{len(jax.devices())}")
@@ -163,6 +201,20 @@ def load(
         dtype=dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32"),
         tokenizer=Tokenizer.load(folder) if has_tokenizer else None,
     )
+
+
+def check_ids(ids: np.ndarray, config: ModelConfig, what: str) -> None:
+    """Refuses ids that the model has no embedding for.
+
+    Raises:
+        ValueError: naming the id and the vocabulary.
+    """
+    outside = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"{what} holds the id {outside[0]}, and the model's vocabulary has "
+            f"{config.vocab_size} ids, from 0. Is the tokenizer another model's?"
+        )
 
 
 def _positions(segment_ids: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from realjax.dataflow.plan import ExecutionPlan, make_plan
 from realjax.dataflow.schedule import home_places
 from realjax.functions.function import Generate, Infer, Train
 from realjax.functions.role import Role, RoleConfig
+from realjax.functions.score import RewardFunction
 from realjax.models import hf, transformer
 from realjax.models.config import ModelConfig
 from realjax.parallel.sharding import check_fit
@@ -35,12 +36,15 @@ class EvaluationConfig:
         every_steps: 0 means only where the next two say.
         at_start, at_end: before the first step; after the last.
         num_samples: completions shown in the log and the report.
+        rewards: Python functions that score held-out completions besides, to be
+            reported only.
     """
 
     every_steps: int = 0
     at_start: bool = True
     at_end: bool = True
     num_samples: int = 8
+    rewards: tuple[RewardFunction, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from realjax.functions.generate import GenerateProgram
 from realjax.functions.packed import ModelProgram
 from realjax.parallel.sharding import constrain_for
 from realjax.rl.sampling import Sampling
-from realjax.runtime.model import Model
+from realjax.runtime.model import Model, check_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,32 +64,37 @@ def sample(
         In order: the completions of the first prompt, then of the second, …
 
     Raises:
-        ValueError: no prompts, an empty one, text without a tokenizer, or a prompt and
-            completion longer than the model was made for.
+        ValueError: a model with a scalar head, no prompts, an empty one, text without a
+            tokenizer, an unknown option, or a prompt and completion longer than the
+            model was made for.
     """
-    sampling = _sampling(options)
+    if model.config.head != "language":
+        raise ValueError(
+            "The model has a scalar head (a reward model or critic) and cannot sample. "
+            "Load a language model."
+        )
+    sampling = to_dataclass(Sampling, options, path="sample")
+    if completions_per_prompt < 1 or rows < 0:
+        raise ValueError(
+            f"completions_per_prompt is {completions_per_prompt} and rows {rows}; give "
+            "at least 1 completion per prompt, and 0 rows for all at the same time."
+        )
     ids = _prompt_ids(model, prompts)
     longest = max(map(len, ids))
-    width = -(-(longest + sampling.max_new_tokens) // 8) * 8
-    if width > model.config.max_positions:
+    needed = longest + sampling.max_new_tokens
+    if needed > model.config.max_positions:
         raise ValueError(
             f"The longest prompt has {longest} tokens; with {sampling.max_new_tokens} "
-            f"new ones that is {width}, and the model was made for "
+            f"new ones that is {needed}, and the model was made for "
             f"{model.config.max_positions}. Shorten prompts or lower max_new_tokens."
         )
     total = len(ids) * completions_per_prompt
     shards = model.allocation.data * model.allocation.fsdp
-    program = GenerateProgram(
+    program = _program(
+        model,
         Generate(sampling=sampling, completions_per_prompt=completions_per_prompt),
-        ModelProgram(
-            config=model.config,
-            dtype=model.dtype,
-            constrain=constrain_for(model.mesh, options=model.allocation.options),
-        ),
-        model.mesh,
-        eos_ids=_eos_ids(model),
         num_rows=-(-min(rows or total, total) // shards) * shards,
-        width=width,
+        width=-(-needed // 8) * 8,
     )
     padded = np.zeros((len(ids), -(-longest // 8) * 8), np.int32)
     for row, prompt in zip(padded, ids, strict=True):
@@ -123,8 +128,25 @@ def sample(
     ]
 
 
-def _sampling(options: dict) -> Sampling:
-    return to_dataclass(Sampling, options, path="sample")
+def _program(
+    model: Model, spec: Generate, *, num_rows: int, width: int
+) -> GenerateProgram:
+    """The compiled form of a call, which the model keeps for the next one like it."""
+    key = (spec.sampling, spec.completions_per_prompt, num_rows, width)
+    if key not in model.programs:
+        model.programs[key] = GenerateProgram(
+            spec,
+            ModelProgram(
+                config=model.config,
+                dtype=model.dtype,
+                constrain=constrain_for(model.mesh, options=model.allocation.options),
+            ),
+            model.mesh,
+            eos_ids=_eos_ids(model),
+            num_rows=num_rows,
+            width=width,
+        )
+    return model.programs[key]
 
 
 def _eos_ids(model: Model) -> tuple[int, ...]:
@@ -133,6 +155,8 @@ def _eos_ids(model: Model) -> tuple[int, ...]:
 
 
 def _prompt_ids(model: Model, prompts) -> list[list[int]]:
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts is one text, {prompts!r:.60}. Give a list of them.")
     if len(prompts) == 0:
         raise ValueError("There are no prompts. Give at least one.")
     found = []
@@ -145,7 +169,8 @@ def _prompt_ids(model: Model, prompts) -> list[list[int]]:
                 )
             prompt = model.tokenizer.encode(prompt)
         if not len(prompt):
-            raise ValueError(f"Prompt {index} has no tokens.")
+            raise ValueError(f"Prompt {index} has no tokens. Give it at least one.")
+        check_ids(np.asarray(prompt), model.config, f"Prompt {index}")
         found.append([int(token) for token in prompt])
     return found
 

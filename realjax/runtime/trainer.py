@@ -26,7 +26,8 @@ from realjax.runtime import report
 from realjax.runtime.checkpoint import Checkpointer
 from realjax.runtime.console import Console
 from realjax.runtime.evaluation import Evaluation, evaluate
-from realjax.runtime.executor import Executor, to_numbers
+from realjax.runtime.executor import Executor
+from realjax.runtime.measures import to_numbers
 from realjax.runtime.model import Model
 from realjax.runtime.profile import Profiler
 from realjax.runtime.run import Run, RunConfig, load_parameters, prepare
@@ -351,6 +352,17 @@ class Trainer:
             for name, role in self.run.roles.items()
         }
 
+    def _show_change(self, columns: dict[str, np.ndarray]) -> None:
+        """What evaluation found first and last, side by side."""
+        rows = []
+        for name, values in columns.items():
+            measured = values[np.isfinite(values)]
+            shown = ("loss", "ppl", "accuracy", "scores", "_mean", "_error", "kl")
+            if name.startswith("eval/") and len(measured) > 1 and name.endswith(shown):
+                rows.append((name.removeprefix("eval/"), measured[0], measured[-1]))
+        if rows:
+            self.console.table("held-out data", ("", "first", "last"), rows)
+
     def _finish(self, benchmark: int) -> None:
         """Medians of a benchmark, and the report page."""
         columns = metrics_lib.read_metrics(self.workdir / "metrics.jsonl")
@@ -362,6 +374,7 @@ class Trainer:
                     if name.startswith(("timing_s/", "perf/"))
                 }
             )
+        self._show_change(columns)
         if self.samples.get("after"):
             self.console.completions(self.samples["before"], self.samples["after"])
         page = report.write_report(

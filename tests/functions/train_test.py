@@ -80,9 +80,8 @@ def step(program, packings, arrays=None, place="d1"):
 
 def assert_gradients_equal(found, expected, tolerance=2e-5):
     """Each leaf to a part of its own size."""
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected)
-    ):
+    leaves = jax.tree_util.tree_leaves_with_path(found)
+    for (path, a), b in zip(leaves, jax.tree.leaves(expected), strict=True):
         name, size = jax.tree_util.keystr(path), np.abs(b).max()
         assert size > 0, f"{name} has no gradient"
         np.testing.assert_allclose(a, b, atol=tolerance * size, rtol=0, err_msg=name)
@@ -180,7 +179,7 @@ def test_gradients_are_added_in_float32_where_products_are_bfloat16():
     # Gradients of single microbatches, added in float64, against the program's sum.
     # Sums kept in bfloat16 would be off by up to 2^-9 = 2e-3 of their size each time.
     program, groups = program_of(SFT, dtype="bfloat16"), dealt(5)
-    _, gradient, means = step(program, pack_groups(LENGTHS, groups))
+    _, gradient, _ = step(program, pack_groups(LENGTHS, groups))
     expected = jax.tree.map(np.zeros_like, gradient)
     for group in groups:
         _, part, _ = step(program, pack_groups(LENGTHS, [group]))
@@ -213,7 +212,8 @@ def test_sft_reports_nats_per_token_and_perplexity_per_sequence():
     found[:, 1:] = np.take_along_axis(logprobs[:, :-1], TOKENS[:, 1:, None], 2)[:, :, 0]
     _, _, means = step(program_of(SFT), pack_groups(LENGTHS, dealt(2)))
     assert means["loss"] == pytest.approx(-found[MASK].mean(), rel=1e-5)
-    per_sequence = [np.exp(-row[mask].mean()) for row, mask in zip(found, MASK)]
+    rows = zip(found, MASK, strict=True)
+    per_sequence = [np.exp(-row[mask].mean()) for row, mask in rows]
     assert means["ppl"] == pytest.approx(np.mean(per_sequence), rel=1e-5)
     # Of the distribution each completion token was chosen from.
     entropy = -(np.exp(logprobs) * logprobs).sum(-1)

@@ -149,7 +149,8 @@ def test_cached_attention_sees_from_the_first_slot_to_its_own(implementation):
     )
     slot = np.arange(num_slots)
     own = start + np.arange(num_tokens)
-    visible = (slot >= first_slot[:, None, None]) & (slot <= own[None, :, None])
+    first = np.asarray(first_slot)[:, None, None]
+    visible = jnp.asarray((slot >= first) & (slot <= own[None, :, None]))
     key, value = (jnp.swapaxes(x, 1, 2) for x in (keys, values))
     expected = plain_attention(query, key, value, visible)
     np.testing.assert_allclose(out, expected, atol=1e-6)

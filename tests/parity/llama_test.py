@@ -4,6 +4,8 @@ The numbers in `data` are transformers' (make_llama.py); the folders `exported_*
 ours (make_exports.py).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +26,11 @@ SCALAR = ("hf_scalar", "exported_scalar")
 def load(name):
     """Config, parameters and transformers' numbers of a stored checkpoint."""
     config = hf.read_config(DATA / name)
-    return config, hf.load(DATA / name), np.load(DATA / f"{name}.npz")
+    numbers = {key: jnp.asarray(x) for key, x in np.load(DATA / f"{name}.npz").items()}
+    return config, hf.load(DATA / name), numbers
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def hidden_of(parameters, config, tokens):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return hidden_states(

@@ -290,6 +290,20 @@ def test_draw_never_lands_on_a_weight_of_zero(uniform):
     np.testing.assert_array_equal(places[1], 3)
 
 
+def test_draw_never_lands_on_a_weight_of_zero_where_rounded_sums_rise_there():
+    # Long sums are made in pieces: their rounding differs, and a sum may rise by 1e-7
+    # at a weight of 0, or fall at another. Every place of such a rise is aimed at.
+    rng = np.random.default_rng(0)
+    weights = rng.random((500, 1000)) * (rng.random((500, 1000)) < 0.3)
+    weights = weights.astype(np.float32)
+    sums = np.asarray(jax.jit(lambda x: jnp.cumsum(x, axis=-1))(weights))
+    rises = (np.diff(sums, axis=-1) > 0) & (weights[:, 1:] == 0)
+    rows, places = np.nonzero(rises)
+    uniforms = sums[rows, places] / sums[rows, -1]
+    found = jax.jit(sampling._inverse_cdf)(weights[rows], uniforms)
+    assert np.all(weights[rows, found] > 0)
+
+
 def test_extreme_logits_are_sampled():
     logits = jnp.array([[-1e30, 88.0, -jnp.inf, 1e4], [-jnp.inf, 0, -1e38, -jnp.inf]])
     for name in ("none", "top-p"):

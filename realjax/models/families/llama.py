@@ -6,7 +6,7 @@ https://arxiv.org/abs/2407.21783; names as in Hugging Face's `LlamaForCausalLM` 
 """
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from realjax.core.arrays import PyTree
 from realjax.models.config import ModelConfig, RopeScaling
@@ -220,7 +220,7 @@ def _require_value(left: dict[str, Any], name: str, needed: Any) -> None:
         )
 
 
-def _read_head(left: dict[str, Any]) -> Any:
+def _read_head(left: dict[str, Any]) -> str:
     architectures = left.pop("architectures", None) or [LANGUAGE_ARCHITECTURE]
     if architectures == [LANGUAGE_ARCHITECTURE]:
         return "language"
@@ -274,7 +274,7 @@ def _read_rope(left: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if missing := [name for name in known[kind] if name not in rope]:
         raise ValueError(f"Rotary scaling of type {kind!r} lacks {missing[0]!r}.")
     return theta, RopeScaling(
-        kind=cast(Any, kind),
+        kind=kind,
         **{ours: rope[name] for name, ours in _ROPE_FIELDS.items() if name in rope},
     )
 
