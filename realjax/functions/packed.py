@@ -36,7 +36,7 @@ class ModelProgram:
 
     config: ModelConfig
     dtype: str = "float32"
-    remat: transformer.Remat = "none"
+    remat: str = "none"
     constrain: Constrain = lambda x, axes: x
 
 

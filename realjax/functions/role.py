@@ -1,17 +1,15 @@
 """A role: whose parameters a call uses, where they come from, how they are computed."""
 
 import dataclasses
-import typing
 
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.packed import ModelProgram
 from realjax.models.config import ModelConfig
-from realjax.models.transformer import Remat
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import make_mesh
 from realjax.parallel.sharding import constrain_for
 
-REMATS = typing.get_args(Remat)
+REMATS = ("none", "block", "dots")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -34,7 +32,7 @@ class RoleConfig:
     tokenizer: str = ""
     model: dict = dataclasses.field(default_factory=dict)
     dtype: str = ""
-    remat: Remat = "none"
+    remat: str = "none"
     offload: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
 

@@ -100,21 +100,22 @@ def load(
             shape than the config says, or if a head is asked for that the checkpoint
             does not have and `key` is None.
     """
-    own = read_config(folder)
-    config = own if config is None else config
-    if head is not None:
-        config = dataclasses.replace(config, head=head)
-    _check_head(folder, own, config, key)
-    abstract = abstract_parameters(config)
+    own, config = _wanted_config(folder, config, head)
+    if _is_new_head(own, config) and key is None:
+        raise ValueError(
+            f"{folder} holds a language model; with head='scalar' a new head is drawn,"
+            " which needs a `key`."
+        )
     if shardings is None:
         device = SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: device, abstract, is_leaf=_is_parameter)
+        shardings = jax.tree.map(
+            lambda _: device, abstract_parameters(config), is_leaf=_is_parameter
+        )
     wanted = dict(cast(dict, shardings))
-    stored = family(config.family).stored_tensors(config)
     new_head_sharding = None
-    if own.head == "language" and config.head == "scalar":
-        del abstract["score"], stored["score"]
+    if _is_new_head(own, config):
         new_head_sharding = wanted.pop("score")["kernel"]
+    abstract, stored = _read_trees(own, config)
     with TensorFiles(folder) as files:
         _check_tensors(files, config, abstract, stored)
         parameters = jax.tree.map(
@@ -127,10 +128,23 @@ def load(
             is_leaf=_is_parameter,
         )
     if new_head_sharding is not None:
-        assert key is not None  # Checked by _check_head.
+        assert key is not None  # Checked above.
         kernel = _draw_scalar_head(config.width, key, new_head_sharding, dtype)
         parameters["score"] = {"kernel": kernel}
     return parameters
+
+
+def check(
+    folder: str | Path, *, config: ModelConfig | None = None, head: str | None = None
+) -> None:
+    """Check all that `load` would, in moments: of the tensors only names and shapes.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load` does.
+    """
+    own, config = _wanted_config(folder, config, head)
+    with TensorFiles(folder) as files:
+        _check_tensors(files, config, *_read_trees(own, config))
 
 
 def save(
@@ -208,19 +222,33 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
-def _check_head(
-    folder: str | Path, own: ModelConfig, config: ModelConfig, key: Array | None
-) -> None:
+def _wanted_config(
+    folder: str | Path, config: ModelConfig | None, head: str | None
+) -> tuple[ModelConfig, ModelConfig]:
+    """Return the checkpoint's own config, and that of the model to load from it."""
+    own = read_config(folder)
+    config = own if config is None else config
+    if head is not None:
+        config = dataclasses.replace(config, head=cast(Any, head))
     if own.head == "scalar" and config.head == "language":
         raise ValueError(
             f"{folder} holds a model with a scalar head, which cannot score the"
             " vocabulary. Give the folder of a language model."
         )
-    if own.head == "language" and config.head == "scalar" and key is None:
-        raise ValueError(
-            f"{folder} holds a language model; with head='scalar' a new head is drawn,"
-            " which needs a `key`."
-        )
+    return own, config
+
+
+def _is_new_head(own: ModelConfig, config: ModelConfig) -> bool:
+    return own.head == "language" and config.head == "scalar"
+
+
+def _read_trees(own: ModelConfig, config: ModelConfig) -> tuple[PyTree, PyTree]:
+    """Return parameters and stored tensors that are read, without a head to draw."""
+    abstract = abstract_parameters(config)
+    stored = family(config.family).stored_tensors(config)
+    if _is_new_head(own, config):
+        del abstract["score"], stored["score"]
+    return abstract, stored
 
 
 def _check_tensors(

@@ -5,9 +5,14 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from realjax.core.arrays import Array, Float
+
+# The name of these products for rematerialisation policies, which do not see inside a
+# function with a gradient of its own.
+PRODUCT = "product"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -57,6 +62,7 @@ class Projection(nn.Module):
         """Project every token."""
         shape = (*x.shape[x.ndim - self.num_contracted :], *self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        return project(
+        out = project(
             x.astype(self.dtype), kernel.astype(self.dtype), self.num_contracted
         )
+        return checkpoint_name(out, PRODUCT)

@@ -31,6 +31,7 @@ from realjax.models.cache import Cache
 from realjax.models.config import ModelConfig
 from realjax.models.mlp import GatedMLP
 from realjax.models.norm import RMSNorm
+from realjax.models.projection import PRODUCT
 
 INIT_DEVIATION = 0.02
 
@@ -273,6 +274,6 @@ def _rematerialized(layer: Callable, remat: str) -> Callable:
     if remat == "block":
         return jax.checkpoint(layer, prevent_cse=False)
     if remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = jax.checkpoint_policies.save_only_these_names(PRODUCT)
         return jax.checkpoint(layer, prevent_cse=False, policy=policy)
     raise ValueError(f"remat is {remat!r}; it must be 'none', 'block' or 'dots'.")

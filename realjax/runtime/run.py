@@ -4,10 +4,12 @@ Everything that can be wrong with a config or a file is found here, before anyth
 compiles.
 """
 
+import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,14 +20,15 @@ from realjax.data.tokenizer import Tokenizer
 from realjax.dataflow.graph import DataflowGraph
 from realjax.dataflow.plan import ExecutionPlan, make_plan
 from realjax.dataflow.schedule import home_places
-from realjax.functions.function import Generate, Infer, Train
+from realjax.functions.function import Generate, Infer, Score, Train
 from realjax.functions.role import Role, RoleConfig
-from realjax.functions.score import RewardFunction
+from realjax.functions.score import RewardFunction, RewardWorkers
 from realjax.models import hf, transformer
 from realjax.models.config import ModelConfig
 from realjax.parallel.sharding import check_fit
 from realjax.runtime.checkpoint import CheckpointConfig
 from realjax.runtime.parameters import ParameterStore
+from realjax.runtime.profile import profiled_steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,10 @@ class EvaluationConfig:
     at_end: bool = True
     num_samples: int = 8
     rewards: tuple[RewardFunction, ...] = ()
+
+    def __post_init__(self):
+        """Refuses counts below 0."""
+        _check_least(self, 0, "every_steps", "num_samples")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +103,29 @@ class RunConfig:
     tensorboard: bool = True
     wandb_project: str = ""
 
+    def __post_init__(self):
+        """Refuses counts that mean nothing, and a package that is not there."""
+        names = ("steps", "seed", "allocations_devices", "microbatch_tokens")
+        _check_least(self, 0, *names, "benchmark_steps", "max_nonfinite")
+        _check_least(self, 1, "epochs")
+        profiled_steps(self.profile_steps)
+        for name, rows in self.rows.items():
+            if rows < 0:
+                raise ValueError(f"rows.{name} is {rows}; it must be at least 0.")
+        if self.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise ValueError(
+                f"wandb_project is {self.wandb_project!r} and the package `wandb` is "
+                "not installed: `pip install wandb`, or leave the project empty."
+            )
+
+
+def _check_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(
+                f"{name} is {getattr(config, name)}; it must be at least {least}."
+            )
+
 
 def load_algorithm(name: str) -> types.ModuleType:
     """The module of an algorithm.
@@ -132,8 +162,11 @@ def load_algorithm(name: str) -> types.ModuleType:
 def make_graph(config: RunConfig, algorithm: Any = None) -> DataflowGraph:
     """The graph of a run's algorithm with the run's hyperparameters."""
     module = algorithm or load_algorithm(config.algorithm)
-    hp = to_dataclass(module.HYPERPARAMETERS, config.hp, path="config.hp")
-    return module.graph(hp)
+    return module.graph(_hyperparameters(config, module))
+
+
+def _hyperparameters(config: RunConfig, module: Any) -> Any:
+    return to_dataclass(module.HYPERPARAMETERS, config.hp, path="config.hp")
 
 
 def plan_for(config: RunConfig, graph: DataflowGraph, num_devices: int):
@@ -167,6 +200,7 @@ class Run:
     """A checked run."""
 
     config: RunConfig
+    hp: Any
     graph: DataflowGraph
     plan: ExecutionPlan
     tokenizer: Tokenizer
@@ -194,7 +228,7 @@ class Run:
                 name: dataclasses.asdict(role.model)
                 for name, role in self.roles.items()
             },
-            "hp": repr(sorted(self.config.hp.items(), key=str)),
+            "hp": _plain(dataclasses.asdict(self.hp)),
             "seed": self.config.seed,
         }
 
@@ -206,7 +240,9 @@ def prepare(config: RunConfig, algorithm: Any = None) -> Run:
         ValueError, TypeError, FileNotFoundError: each naming what was found, what was
             needed and what to do.
     """
-    graph = make_graph(config, algorithm)
+    module = algorithm or load_algorithm(config.algorithm)
+    hp = _hyperparameters(config, module)
+    graph = module.graph(hp)
     for role in graph.roles:
         if role not in config.roles:
             raise ValueError(
@@ -219,21 +255,23 @@ def prepare(config: RunConfig, algorithm: Any = None) -> Run:
     for name, place in plan.calls.items():
         role = graph.calls[name].role
         if role is not None:
-            try:
+            with _about(f"Call {name!r}, role {role!r}"):
                 check_fit(place.allocation, roles[role].model)
-            except ValueError as error:
-                raise ValueError(f"Call {name!r}, role {role!r}: {error}") from None
     train_data = load_dataset(config.data, tokenizer, split="train", seed=config.seed)
     valid_data = None
     if config.data.valid_path or config.data.held_out:
         valid_data = load_dataset(
             config.data, tokenizer, split="valid", seed=config.seed
         )
-    graph.require(tuple(train_data.batch([0]).arrays))
+    with _about(f"config.data.kind is {config.data.kind!r}"):
+        graph.require(tuple(train_data.batch([0]).arrays))
     batch_size = config.data.batch_size
+    _check_minibatches(graph, batch_size, train_data.rows_per_record)
+    _check_rewards(config, graph)
     steps = config.steps or -(-len(train_data) * config.epochs // batch_size)
     return Run(
         config=config,
+        hp=hp,
         graph=graph,
         plan=plan,
         tokenizer=tokenizer,
@@ -243,6 +281,52 @@ def prepare(config: RunConfig, algorithm: Any = None) -> Run:
         width=_width(graph, roles, [d for d in (train_data, valid_data) if d]),
         steps=steps,
     )
+
+
+@contextlib.contextmanager
+def _about(what: str) -> Iterator[None]:
+    """Puts what an error is about before its text."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{what}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it; a function by its name, which no process changes."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    return f"{getattr(value, '__module__', '')}:{name}"
+
+
+def _check_minibatches(graph: DataflowGraph, batch_size: int, rows: int) -> None:
+    """Refuses more minibatches than a batch has rows, or pairs of rows."""
+    for node in graph.calls.values():
+        if isinstance(node.function, Generate):
+            rows *= node.function.completions_per_prompt
+    for name, node in graph.calls.items():
+        if isinstance(node.function, Train):
+            size, wanted = batch_size * rows // node.function.unit, node.function
+            if size < wanted.minibatches:
+                raise ValueError(
+                    f"Call {name!r} makes {wanted.minibatches} minibatches of "
+                    f"{size} sequences or pairs (config.data.batch_size is "
+                    f"{batch_size}). Raise the batch size or lower "
+                    "config.hp.minibatches."
+                )
+
+
+def _check_rewards(config: RunConfig, graph: DataflowGraph) -> None:
+    """Imports reward functions once, in a process that ends at once."""
+    scores = [c.function for c in graph.calls.values() if isinstance(c.function, Score)]
+    for rewards in (*(score.rewards for score in scores), config.evaluation.rewards):
+        if rewards:
+            RewardWorkers(rewards).close()
 
 
 def load_parameters(run: Run) -> ParameterStore:
@@ -283,7 +367,8 @@ def _one_tokenizer(config: RunConfig, graph: DataflowGraph) -> Tokenizer:
         role = config.roles[name]
         folder = role.tokenizer or role.path
         if folder:
-            found[name] = Tokenizer.load(folder)
+            with _about(f"Role {name!r}"):
+                found[name] = Tokenizer.load(folder)
         else:
             raise ValueError(
                 f"Role {name!r} has neither a path nor a tokenizer. Set "
@@ -306,14 +391,17 @@ def _make_role(
     name: str, config: RunConfig, graph: DataflowGraph, tokenizer: Tokenizer
 ) -> Role:
     role = config.roles[name]
-    head = _needed_head(name, graph)
+    head, is_trained = _needed_head(name, graph), name in graph.trained_roles
     if role.path:
-        model = hf.read_config(role.path)
-        if model.head == "scalar" and head == "language":
-            raise ValueError(
-                f"Role {name!r} needs a language head, and {role.path} holds a model "
-                "with a scalar head (a reward model or critic)."
-            )
+        with _about(f"Role {name!r}"):
+            model = hf.read_config(role.path)
+            if model.head == "language" and head == "scalar" and not is_trained:
+                raise ValueError(
+                    f"{role.path} holds a language model, and no call trains this "
+                    "role: its scores would be those of a random head. Give the folder "
+                    "of a reward model."
+                )
+            hf.check(role.path, head=head)
         model = dataclasses.replace(model, head=head)
     else:
         sizes = {"vocab_size": tokenizer.vocab_size, "eos_ids": tokenizer.eos_ids}
@@ -324,7 +412,8 @@ def _make_role(
     if model.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"Role {name!r} has a vocabulary of {model.vocab_size} and its tokenizer "
-            f"one of {tokenizer.vocab_size}. They do not belong together."
+            f"one of {tokenizer.vocab_size}. They do not belong together: give the "
+            "model's own tokenizer."
         )
     on_gpu = jax.default_backend() == "gpu"
     return Role(
@@ -333,7 +422,7 @@ def _make_role(
         model=model,
         eos_ids=tokenizer.eos_ids,
         dtype=role.dtype or ("bfloat16" if on_gpu else "float32"),
-        is_trained=name in graph.trained_roles,
+        is_trained=is_trained,
     )
 
 
@@ -362,14 +451,21 @@ def _width(
         for node in graph.calls.values()
         if isinstance(node.function, Generate)
     ]
-    if not generated:
-        return max(dataset.row_width for dataset in datasets)
-    width = max(dataset.prompt_width for dataset in datasets) + max(generated)
+    if generated:
+        width = max(dataset.prompt_width for dataset in datasets) + max(generated)
+        advice = "config.data.max_prompt_length or config.hp.sampling.max_new_tokens"
+    else:
+        width = max(dataset.row_width for dataset in datasets)
+        advice = "config.data.max_length"
     for name, role in roles.items():
-        if width > role.model.max_positions:
+        # Widths of data sets are rounded up to 8 themselves.
+        if width > _round_up(role.model.max_positions):
             raise ValueError(
-                f"Prompts and completions reach {width} tokens, and role {name!r} was "
-                f"made for {role.model.max_positions}. Lower "
-                "config.data.max_prompt_length or config.hp.sampling.max_new_tokens."
+                f"Sequences reach {width} tokens, and role {name!r} was made for "
+                f"{role.model.max_positions}. Lower {advice}."
             )
+    return _round_up(width)
+
+
+def _round_up(width: int) -> int:
     return -(-width // 8) * 8

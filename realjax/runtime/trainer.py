@@ -81,10 +81,8 @@ def train(
     """
     run = prepare(config, algorithm)
     trainer = Trainer(run, pathlib.Path(workdir), console or Console())
-    try:
+    with contextlib.closing(trainer):
         return trainer.train()
-    finally:
-        trainer.close()
 
 
 class Trainer:
@@ -93,10 +91,19 @@ class Trainer:
     def __init__(self, run: Run, workdir: pathlib.Path, console: Console):
         """Claims the folder, loads weights or the last checkpoint."""
         self.run, self.workdir, self.console = run, workdir, console
-        config = run.config
-        self._claim = claim_workdir(workdir, run.fingerprint())
-        self.checkpointer = Checkpointer(
-            workdir / "checkpoints", keep=config.checkpoint.keep
+        self.profiler = Profiler(run.config.profile_steps, workdir)
+        self.step = self.num_nonfinite = 0
+        self.stop_signal: int | None = None
+        self.samples: dict[str, list[dict]] = {}
+        with contextlib.ExitStack() as opened:
+            self._open(opened)
+            self._opened = opened.pop_all()  # Nothing failed: `close` closes them.
+
+    def _open(self, opened: contextlib.ExitStack) -> None:
+        run, config = self.run, self.run.config
+        opened.enter_context(claim_workdir(self.workdir, run.fingerprint()))
+        self.checkpointer = opened.enter_context(
+            Checkpointer(self.workdir / "checkpoints", keep=config.checkpoint.keep)
         )
         self.loader = Loader(
             run.train_data,
@@ -105,7 +112,7 @@ class Trainer:
             shuffle=config.data.shuffle,
             num_epochs=0 if config.steps else config.epochs,
         )
-        console.print(f"plan\n{run.plan.table()}")
+        self.console.print(f"plan\n{run.plan.table()}")
         self.executor = Executor(
             run.graph,
             run.plan,
@@ -116,23 +123,20 @@ class Trainer:
             seed=config.seed,
             width=run.width,
         )
+        opened.callback(self.executor.close)
         store = self.executor.store
         for role in run.graph.trained_roles:
             program = self.executor.train_program(role)
             store.set_train_state(role, program.init_optimizer(store.at_home(role)))
-        self.step = self.num_nonfinite = 0
-        self.stop_signal: int | None = None
-        self.samples: dict[str, list[dict]] = {}
         self._restore()
+        self._first_step = self.step
         self.metrics = self._metrics_writers()
-        self.profiler = Profiler(config.profile_steps, workdir, self.executor)
+        opened.callback(self.metrics.close)
+        opened.callback(self.profiler.close)
 
     def close(self) -> None:
         """Ends threads and worker processes, gives the folder back."""
-        self.executor.close()
-        self.checkpointer.close()
-        self.metrics.close()
-        self._claim.close()
+        self._opened.close()
 
     # -- the loop ------------------------------------------------------------------
 
@@ -149,43 +153,45 @@ class Trainer:
                 if config.evaluation.at_start and not benchmark:
                     self.metrics.write(0, self._evaluate("before training"))
             while self.step < last and self.stop_signal is None:
-                is_epoch_end, epoch = self._step(rate)
+                is_epoch_end, num_epochs = self._step(rate)
                 minutes = (time.monotonic() - self._saved_seconds) / 60
                 if self.step == last or config.checkpoint.is_due(
                     step=self.step,
-                    epoch=epoch,
+                    epoch=num_epochs,
                     is_epoch_end=is_epoch_end,
                     minutes_since_save=minutes,
                 ):
                     self._save()
             if self.step and self.stop_signal is not None:
-                self._save()
+                self._save(export=False)
             self.checkpointer.wait()
         if self.stop_signal is not None:
             self.console.print(
                 f"stopped by {signal.Signals(self.stop_signal).name} after step "
                 f"{self.step}; the same command goes on from there"
             )
-        is_finished = self.step >= steps
-        if is_finished and config.checkpoint.export:
-            self._export()
+        if self.step >= steps and config.checkpoint.export:
+            self._tell_exports()
         self._finish(benchmark)
         return TrainResult(
             roles=self._models(),
             metrics=metrics_lib.read_metrics(self.workdir / "metrics.jsonl"),
             workdir=self.workdir,
-            is_finished=is_finished,
+            is_finished=self.step >= steps or self.stop_signal is None,
         )
 
     def _step(self, rate: Rate) -> tuple[bool, int]:
-        """One step; returns whether it ended an epoch, and which epochs are done."""
+        """One step; returns whether it ended an epoch, and how many are done."""
         begin = time.perf_counter()
         batch, epoch, is_epoch_end = self.loader.next_batch()
         step, watch = self.step + 1, self.executor.watch
-        with self.profiler.step(step), self.console.waves() as on_wave:
+        with self.profiler.step(step, self.executor), self.console.waves() as on_wave:
             found, buffer = self.executor.run(batch, step=step, on_wave=on_wave)
             numbers = to_numbers(found)
             watch.wait()
+        # A save has had this step's time. Were it still under way when later steps are
+        # done, a kill would cost more than the steps between two saves.
+        self.checkpointer.wait()
         self.step = step
         numbers |= self._performance(buffer, time.perf_counter() - begin)
         numbers |= {
@@ -199,7 +205,8 @@ class Trainer:
             numbers |= self._evaluate(f"step {step}")
         self.metrics.write(step, {"epoch": epoch} | numbers)
         self._check_finite(numbers)
-        return is_epoch_end, epoch
+        position = int(self.loader.state()["position"])
+        return is_epoch_end, position // len(self.run.train_data)
 
     def _evaluation_is_due(self) -> bool:
         config = self.run.config
@@ -211,7 +218,8 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def _performance(self, buffer, seconds: float) -> dict[str, float]:
-        tokens = float(sum(np.sum(n) for k, n in buffer.lengths.items() if k in buffer))
+        counted = [k for k in buffer.lengths if k in buffer and k != "prompts"]
+        tokens = float(sum(np.sum(buffer.lengths[key]) for key in counted))
         executor = self.executor
         return {
             "num_tokens": tokens,
@@ -232,12 +240,17 @@ class Trainer:
             f"finite ({self.num_nonfinite} of {self.run.config.max_nonfinite} allowed)"
         )
         if self.num_nonfinite > self.run.config.max_nonfinite:
+            last = self.checkpointer.latest_step()
             raise NonFiniteError(
                 f"{self.num_nonfinite} updates had a loss or gradient that was not "
                 f"finite, more than config.max_nonfinite="
                 f"{self.run.config.max_nonfinite}. Lower the learning rate or look at "
-                f"the data; checkpoints up to step {self.checkpointer.latest_step()} "
-                "are untouched."
+                f"the data. "
+                + (
+                    "No checkpoint was saved yet."
+                    if last is None
+                    else f"The checkpoint of step {last} is untouched."
+                )
             )
 
     def _warm_up(self) -> None:
@@ -258,9 +271,7 @@ class Trainer:
             return {}
         found: Evaluation = evaluate(self.run, self.executor, self.console, when)
         if found.samples:
-            self.samples["after" if "before" in self.samples else "before"] = (
-                found.samples
-            )
+            self.samples["after" if self.step else "before"] = found.samples
         self.console.evaluation(when, found.numbers)
         return found.numbers
 
@@ -277,8 +288,13 @@ class Trainer:
             for name, state in self.executor.transform_states.items()
         }
 
-    def _save(self) -> None:
-        """Everything the run needs to go on; written while the next steps run."""
+    def _save(self, *, export: bool = True) -> None:
+        """Everything the run needs to go on; written while the next step runs.
+
+        The export comes first: where the last checkpoint is, its export is, too.
+        """
+        if export and self.run.config.checkpoint.export:
+            self._export()
         self.checkpointer.save(
             self.step,
             self._state(),
@@ -315,20 +331,29 @@ class Trainer:
         """Trained roles as Hugging Face folders."""
         for role in self.run.graph.trained_roles:
             hf.save(
-                self.workdir / "export" / role,
+                self._export_folder(role),
                 self.run.roles[role].model,
                 self.executor.store.train_state(role).parameters,
                 tokenizer=self.run.tokenizer,
             )
-            self.console.print(f"exported {role} to {self.workdir / 'export' / role}")
+
+    def _tell_exports(self) -> None:
+        """Where the exports are; writes those that are not there."""
+        folders = {r: self._export_folder(r) for r in self.run.graph.trained_roles}
+        if not all(folder.exists() for folder in folders.values()):
+            self._export()
+        for role, folder in folders.items():
+            self.console.print(f"exported {role} to {folder}")
+
+    def _export_folder(self, role: str) -> pathlib.Path:
+        return self.workdir / "export" / role
 
     # -- around it -----------------------------------------------------------------
 
     def _metrics_writers(self) -> metrics_lib.Fanout:
-        config = self.run.config
-        lines = metrics_lib.JsonLines(self.workdir / "metrics.jsonl")
-        lines.truncate_after(self.step)
-        writers: list[Any] = [lines]
+        config, path = self.run.config, self.workdir / "metrics.jsonl"
+        is_new = not path.exists()
+        writers: list[Any] = [metrics_lib.JsonLines(path)]
         if config.tensorboard:
             writers.append(metrics_lib.TensorBoard(self.workdir / "tensorboard"))
         if config.wandb_project:
@@ -337,7 +362,10 @@ class Trainer:
                     config.wandb_project, name=self.workdir.name, folder=self.workdir
                 )
             )
-        return metrics_lib.Fanout(writers)
+        metrics = metrics_lib.Fanout(writers)
+        if not is_new:
+            metrics.truncate_after(self.step)
+        return metrics
 
     def _models(self) -> dict[str, Model]:
         store = self.executor.store
@@ -375,9 +403,15 @@ class Trainer:
                 }
             )
         self._show_change(columns)
-        if self.samples.get("after"):
+        if len(self.samples) == 2:
             self.console.completions(self.samples["before"], self.samples["after"])
-        page = report.write_report(
+        page = self.workdir / "report.html"
+        if self.step > self._first_step or not page.exists():
+            page = self._write_report(columns)
+        self.console.print(f"report {page}")
+
+    def _write_report(self, columns: dict[str, np.ndarray]) -> pathlib.Path:
+        return report.write_report(
             self.workdir,
             title=f"{self.run.config.algorithm}: {self.workdir.name}",
             metrics=columns,
@@ -388,7 +422,6 @@ class Trainer:
             plan_text=self.run.plan.table(),
             extra={},
         )
-        self.console.print(f"report {page}")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
