@@ -46,8 +46,8 @@ def get_config(arg: str = "") -> ConfigDict:
                 max_length=384,
                 batch_size=32,
             ),
-            steps=400,
-            evaluation=EvaluationConfig(every_steps=100),
+            steps=150,
+            evaluation=EvaluationConfig(every_steps=50),
         )
     )
     config.hp = config_dict(SFT)

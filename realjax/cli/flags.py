@@ -35,8 +35,8 @@ USER_ERRORS = (OSError, CheckpointError, NonFiniteError, RewardError, WorkdirErr
 _HELP = ("-h", "-help", "--help", "-helpfull", "--helpfull")
 _PACKAGE = str(pathlib.Path(__file__).parents[1])
 _CONFIG_HELP = (
-    "Config file, as in configs/ppo.py or configs/ppo.py:debug; one that is not here is "
-    "looked for among those shipped. --config.a.b=value changes a field."
+    "Config file, as in configs/ppo.py or configs/ppo.py:debug; one that is not here "
+    "is looked for among those shipped. --config.a.b=value changes a field."
 )
 _FOOTER = "REALJAX_TRACEBACK=1 in the environment shows where an error came from."
 

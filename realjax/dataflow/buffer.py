@@ -8,6 +8,7 @@ import collections
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from realjax.core.arrays import Array
@@ -26,7 +27,7 @@ class Buffer:
         columns: text and other fields of each row.
         lengths: tokens of each row, by the key of the tokens.
         traffic: bytes of keys that moved between meshes.
-        sends: how often each (key, devices) was sent; never above one.
+        sends: how often each (key, layout) was sent; one, unless rows were repeated.
     """
 
     def __init__(self, batch: Batch):
@@ -74,7 +75,10 @@ class Buffer:
         return np.asarray(self._made[key])
 
     def repeat(self, count: int) -> None:
-        """Gives every row of the data set `count` completions, in a row."""
+        """Gives every row of the data set `count` completions, in a row.
+
+        Keys sent before this are sent anew, with the new rows, where they are needed.
+        """
         if count == 1:
             return
         size = self.size
@@ -84,6 +88,14 @@ class Buffer:
             name: [value for value in values for _ in range(count)]
             for name, values in self.columns.items()
         }
+        self.lengths = {
+            key: lengths if key == "prompts" else np.repeat(lengths, count)
+            for key, lengths in self.lengths.items()
+        }
         for key, value in self._made.items():
-            if key != "prompts" and value.shape[0] == size:
-                self._made[key] = np.repeat(np.asarray(value), count, axis=0)
+            if key == "prompts" or value.shape[0] != size:
+                continue
+            on_host = isinstance(value, np.ndarray)
+            repeat = np.repeat if on_host else jnp.repeat
+            self._made[key] = repeat(value, count, axis=0)
+            self._copies = {k: v for k, v in self._copies.items() if k[0] != key}

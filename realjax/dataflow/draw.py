@@ -97,13 +97,15 @@ def _edge(graph: DataflowGraph, places: dict, name: str) -> str:
     for parent, keys in parents.items():
         x0, y0 = places[parent]
         x0, y0 = x0 + BOX_WIDTH, y0 + BOX_HEIGHT // 2
-        bend = (x1 - x0) // 2
+        bend, is_near = (x1 - x0) // 2, x1 - x0 < COLUMN
+        color = "#999" if is_near else "#ddd"
         lines.append(
             f'<path d="M{x0} {y0} C{x0 + bend} {y0} {x1 - bend} {y1} {x1} {y1}" '
-            'fill="none" stroke="#aaa" stroke-width="1.4" marker-end="url(#tip)">'
+            f'fill="none" stroke="{color}" stroke-width="1.4" '
+            'marker-end="url(#tip)">'
             f"<title>{html.escape(', '.join(keys))}</title></path>"
         )
-        if x1 - x0 < COLUMN:  # Room for words between neighbours only.
+        if is_near:  # Room for words between neighbours only.
             lines.append(
                 f'<text x="{(x0 + x1) // 2}" y="{(y0 + y1) // 2 - 6}" font-size="10" '
                 f'fill="#666" text-anchor="middle">{html.escape(_short(keys))}</text>'
@@ -123,6 +125,8 @@ def _box(
     detail = f"{node.role or 'batch'} · {type(node.function).__name__}"
     place = plan.calls.get(name) if plan else None
     lines = [
+        f'<rect x="{x}" y="{y}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="7" '
+        'fill="white"/>',  # Arrows pass behind.
         f'<rect x="{x}" y="{y}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="7" '
         f'fill="{color}" fill-opacity="0.14" stroke="{color}" stroke-width="1.6"/>',
         _text(x, y + 19, name, 13, "#222", "bold"),

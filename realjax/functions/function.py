@@ -131,6 +131,14 @@ class Train(Function):
     loss_name: str = "loss"
     skip: Callable[[Mapping[str, Any]], Any] | None = None
 
+    def __post_init__(self):
+        """Refuses counts below one."""
+        for name in ("minibatches", "epochs", "unit"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at least 1."
+                )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transform(Function):

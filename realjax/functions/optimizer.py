@@ -6,6 +6,7 @@ import jax
 import optax
 
 from realjax.core.arrays import PyTree
+from realjax.core.config import check_choice
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -37,10 +38,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         """Refuses what no optimizer could do."""
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"schedule is {self.schedule!r}; it is one of {', '.join(SCHEDULES)}."
-            )
+        check_choice("schedule", self.schedule, SCHEDULES)
         for name, is_possible, needed in (
             ("learning_rate", self.learning_rate >= 0, "not be negative"),
             ("warmup_fraction", 0 <= self.warmup_fraction <= 1, "be from 0 to 1"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from realjax.core.config import check_choice
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.packed import ModelProgram
 from realjax.models.config import ModelConfig
@@ -38,10 +39,8 @@ class RoleConfig:
 
     def __post_init__(self):
         """Refuses misspelt choices."""
-        if self.dtype and self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; it is one of {DTYPES}.")
-        if self.remat not in REMATS:
-            raise ValueError(f"remat is {self.remat!r}; it is one of {REMATS}.")
+        check_choice("dtype", self.dtype, ("", *DTYPES))
+        check_choice("remat", self.remat, REMATS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

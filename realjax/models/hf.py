@@ -172,9 +172,11 @@ def save(
 
     Raises:
         FileExistsError: if the folder holds something that is not a checkpoint.
+        ValueError: if the parameters are not those of the config.
     """
     folder = Path(os.path.abspath(folder))
     _refuse_other_content(folder)
+    _check_parameters(config, parameters)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -183,14 +185,12 @@ def save(
     write_tensors(partial, tensors, max_shard_bytes=max_shard_bytes)
     if tokenizer is not None:
         tokenizer.save(partial)
+    old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old)
-    else:
-        partial.rename(folder)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_parameter(x: Any) -> bool:
@@ -352,6 +352,32 @@ def _stored_arrays(
         parts = host if tensor.is_stacked else [host]
         for name, part in zip(tensor.names(config.num_layers), parts, strict=True):
             yield name, layout.to_stored(tensor, np.asarray(part, dtype))
+
+
+def _check_parameters(config: ModelConfig, parameters: PyTree) -> None:
+    """Compare the tree with what the config needs."""
+    needed, _ = jax.tree_util.tree_flatten_with_path(
+        abstract_parameters(config), is_leaf=_is_parameter
+    )
+    found, _ = jax.tree_util.tree_flatten_with_path(parameters)
+    shapes = {jax.tree_util.keystr(path): array.shape for path, array in found}
+    for path, parameter in needed:
+        name = jax.tree_util.keystr(path)
+        if name not in shapes:
+            raise ValueError(
+                f"The parameter tree lacks {name}, which its config needs."
+            )
+        shape = shapes.pop(name)
+        if shape != parameter.shape:
+            raise ValueError(
+                f"The parameter {name} has shape {shape}, but its config needs"
+                f" {parameter.shape}."
+            )
+    if shapes:
+        raise ValueError(
+            f"The parameter tree has {next(iter(shapes))}, which its config does not"
+            " know."
+        )
 
 
 def _refuse_other_content(folder: Path) -> None:

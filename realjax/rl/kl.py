@@ -53,6 +53,14 @@ class KLControl:
     target: float = 6.0
     horizon: float = 10000.0
 
+    def __post_init__(self):
+        """Refuses a target or horizon that nothing can be divided by."""
+        for name in ("target", "horizon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be above 0."
+                )
+
 
 def next_coefficient(
     control: KLControl,

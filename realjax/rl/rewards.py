@@ -24,12 +24,14 @@ class ScoreShaping:
     truncated: float | str = "zero"
 
     def __post_init__(self):
-        """Refuses other words for `truncated`."""
+        """Refuses other words for `truncated`, and a clip that leaves nothing."""
         if isinstance(self.truncated, str) and self.truncated not in ("keep", "zero"):
             raise ValueError(
                 f"truncated is {self.truncated!r}; it must be 'keep', 'zero' or a"
                 " number."
             )
+        if not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}; it must be above 0.")
 
 
 def shape_scores(

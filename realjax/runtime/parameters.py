@@ -68,6 +68,7 @@ class ParameterStore:
         self._frozen[role] = reallocate(
             parameters, self.shardings(role, home), dtype=home.dtype, alias=True
         )
+        self._host.pop(role, None)
         if role in self.offloaded:
             self.offload(role)
 

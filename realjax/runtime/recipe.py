@@ -10,9 +10,11 @@
 
 import importlib.util
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from realjax.core.config import suggest, to_dataclass
@@ -25,6 +27,7 @@ from realjax.runtime import trainer
 from realjax.runtime.console import Console
 from realjax.runtime.run import RunConfig
 from realjax.runtime.trainer import TrainResult
+from realjax.runtime.workdir import make_workdir
 
 CORPORA = {"reviews": reviews.write_reviews}
 """Data that the package makes itself, by the name in `config.corpus`."""
@@ -63,6 +66,8 @@ def load_config(path: str) -> ConfigDict:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{file} has no function get_config(variant) -> ConfigDict.")
     return module.get_config(variant)
 
 
@@ -99,12 +104,15 @@ def train(
     values = _filled(_values(config), workdir)
     corpus, vocab_size = values.pop("corpus", ""), values.pop("new_tokenizer", 0)
     configs = _run_configs(values)
-    if corpus:
-        _corpus(corpus)(workdir / "data")
-    if vocab_size and not (workdir / "tokenizer").exists():
-        records = load_records(next(iter(configs.values())).data.path)
-        texts = [text for record in records for text in _texts(record)]
-        Tokenizer.train(texts, vocab_size=vocab_size).save(workdir / "tokenizer")
+    make_corpus = _corpus(corpus) if corpus else None
+    for name, one in configs.items():
+        _check_stage(name, one, workdir, algorithm)
+    if make_corpus is not None:
+        make_corpus(make_workdir(workdir) / "data")
+    if vocab_size:
+        _make_tokenizer(
+            workdir / "tokenizer", next(iter(configs.values())).data.path, vocab_size
+        )
     result = None
     for name, one in configs.items():
         if name:
@@ -112,10 +120,47 @@ def train(
         result = trainer.train(
             one, workdir / name, algorithm=algorithm, console=console
         )
-        if not result.is_finished:
+        if not result.is_finished or one.benchmark_steps:
             break
     assert result is not None
     return result
+
+
+def _check_stage(
+    name: str, config: RunConfig, workdir: pathlib.Path, algorithm: Any
+) -> None:
+    """What can be known of a stage before those before it have run."""
+    path = f"config.{name}" if name else "config"
+    inputs = {"data.path": config.data.path, "data.valid_path": config.data.valid_path}
+    for role, one in config.roles.items():
+        inputs |= {f"roles.{role}.path": one.path}
+        inputs |= {f"roles.{role}.tokenizer": one.tokenizer}
+    for field, value in inputs.items():
+        place = pathlib.Path(value)
+        is_made_later = place.absolute().is_relative_to(workdir.absolute())
+        if value and not is_made_later and not place.exists():
+            raise FileNotFoundError(f"{path}.{field} is {value!r}, which is not there.")
+    graph = run_lib.make_graph(config, algorithm)
+    run_lib.plan_for(config, graph, len(jax.devices()))
+
+
+def _make_tokenizer(folder: pathlib.Path, data: str, vocab_size: int) -> None:
+    """Trains a tokenizer on the texts of a file, unless the folder holds it already."""
+    if folder.exists():
+        found = Tokenizer.load(folder).vocab_size
+        if found != vocab_size:
+            raise ValueError(
+                f"config.new_tokenizer is {vocab_size}, and {folder} has a vocabulary "
+                f"of {found}. Use another work folder, or the earlier number."
+            )
+        return
+    records = load_records(data)
+    texts = [text for record in records for text in _texts(record)]
+    tokenizer = Tokenizer.train(texts, vocab_size=vocab_size)
+    partial = make_workdir(folder.parent) / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save(partial)
+    partial.rename(folder)  # Whole or not there, if killed.
 
 
 def plan(config: Any, cluster: int | None = None) -> ExecutionPlan:
@@ -147,6 +192,11 @@ def _run_configs(values: dict[str, Any]) -> dict[str, RunConfig]:
             raise ValueError(
                 f"config.{name} is none of the stages {', '.join(stages)}. "
                 + suggest(name, stages)
+            )
+    for name in stages:
+        if name not in values:
+            raise ValueError(
+                f"config.stages names {name!r}; there is no config.{name}."
             )
     return {
         name: to_dataclass(RunConfig, values[name], path=f"config.{name}")

@@ -31,6 +31,14 @@ from realjax.runtime.parameters import ParameterStore
 from realjax.runtime.profile import profiled_steps
 
 
+def _check_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(
+                f"{name} is {getattr(config, name)}; it must be at least {least}."
+            )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """When the held-out data is measured.
@@ -116,14 +124,6 @@ class RunConfig:
             raise ValueError(
                 f"wandb_project is {self.wandb_project!r} and the package `wandb` is "
                 "not installed: `pip install wandb`, or leave the project empty."
-            )
-
-
-def _check_least(config: Any, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(
-                f"{name} is {getattr(config, name)}; it must be at least {least}."
             )
 
 

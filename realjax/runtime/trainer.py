@@ -49,7 +49,8 @@ class TrainResult:
         roles: models of every role, on the devices they were trained on.
         metrics: one array a metric, aligned by "step"; NaN where a step has none.
         workdir: checkpoints, exports, metrics and report.
-        is_finished: False after Ctrl-C or SIGTERM; the same command goes on.
+        is_finished: False after Ctrl-C or SIGTERM; the same command goes on. A
+            benchmark has finished after its own steps.
     """
 
     roles: dict[str, Model]
@@ -101,9 +102,16 @@ class Trainer:
 
     def _open(self, opened: contextlib.ExitStack) -> None:
         run, config = self.run, self.run.config
-        opened.enter_context(claim_workdir(self.workdir, run.fingerprint()))
+        checkpoints = self.workdir / "checkpoints"
+        opened.enter_context(
+            claim_workdir(
+                self.workdir,
+                run.fingerprint(),
+                has_begun=lambda: any(checkpoints.glob("[0-9]*")),
+            )
+        )
         self.checkpointer = opened.enter_context(
-            Checkpointer(self.workdir / "checkpoints", keep=config.checkpoint.keep)
+            Checkpointer(checkpoints, keep=config.checkpoint.keep)
         )
         self.loader = Loader(
             run.train_data,

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _RUN = "run.json"
@@ -42,6 +42,7 @@ def claim_workdir(
     fingerprint: Mapping[str, Any],
     *,
     is_writer: bool = True,
+    has_begun: Callable[[], bool] = lambda: True,
 ) -> Claim:
     """Makes a folder the folder of one run, and of one live process.
 
@@ -52,28 +53,63 @@ def claim_workdir(
         workdir: made if needed.
         fingerprint: what two runs that share a folder must share, as JSON can hold it.
         is_writer: False for the processes of a run that only follow the first.
+        has_begun: whether the run that claimed the folder earlier left what another
+            must not be mixed with; asked once the folder is locked. One that failed
+            before that may be mended and begun anew.
 
     Raises:
-        WorkdirError: another process has the folder, or it holds another run.
+        WorkdirError: another process has the folder, it holds another run, or it cannot
+            be written.
         NotADirectoryError: there is a file of that name.
     """
-    workdir = pathlib.Path(workdir).absolute()
-    if workdir.exists() and not workdir.is_dir():
-        raise NotADirectoryError(f"{workdir} is a file; a run needs a folder.")
     if not is_writer:
-        return Claim(workdir, None)
-    workdir.mkdir(parents=True, exist_ok=True)
+        return Claim(_folder(workdir), None)
+    workdir = make_workdir(workdir)
     claim = Claim(workdir, _lock(workdir / _LOCK))
     try:
-        _check_fingerprint(workdir / _RUN, json.loads(json.dumps(fingerprint)))
+        if has_begun():
+            _check_same(workdir / _RUN, json.loads(json.dumps(fingerprint)))
+        _write(workdir / _RUN, fingerprint)
     except BaseException:
         claim.close()
         raise
     return claim
 
 
+def make_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """Makes the folder, if needed, and returns its absolute path.
+
+    Raises:
+        WorkdirError: it cannot be made.
+        NotADirectoryError: there is a file of that name, or on the way to it.
+    """
+    workdir = _folder(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(workdir, error) from error
+    return workdir
+
+
+def _folder(workdir: str | os.PathLike[str]) -> pathlib.Path:
+    workdir = pathlib.Path(workdir).absolute()
+    for folder in (workdir, *workdir.parents):
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; a run needs a folder.")
+    return workdir
+
+
+def _not_writable(workdir: pathlib.Path, error: OSError) -> WorkdirError:
+    return WorkdirError(
+        f"{workdir} cannot be written ({error.strerror}). Use another work folder."
+    )
+
+
 def _lock(path: pathlib.Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _not_writable(path.parent, error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -89,11 +125,14 @@ def _lock(path: pathlib.Path) -> int:
     return descriptor
 
 
-def _check_fingerprint(path: pathlib.Path, here: dict[str, Any]) -> None:
+def _write(path: pathlib.Path, fingerprint: Mapping[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _check_same(path: pathlib.Path, here: dict[str, Any]) -> None:
     if not path.exists():
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
         return
     try:
         there = json.loads(path.read_text(encoding="utf-8"))

@@ -239,7 +239,7 @@ def test_moments_lie_as_their_parameters_and_counters_are_everywhere():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schedule": "cosin"}, "'cosin'; it is one of constant, linear, cosine"),
+        ({"schedule": "cosin"}, "Did you mean 'cosine'"),
         ({"learning_rate": -1e-5}, "learning_rate=-1e-05"),
         ({"warmup_fraction": 1.5}, "warmup_fraction=1.5"),
         ({"final_fraction": -0.1}, "final_fraction=-0.1"),

@@ -124,5 +124,5 @@ def test_each_prompt_needs_a_completion():
 
 
 def test_a_misspelt_type_of_a_role_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match=r"'bfloat17'.*'float32', 'bfloat16'"):
+    with pytest.raises(ValueError, match=r"'bfloat17'.*Did you mean 'bfloat16'"):
         RoleConfig(dtype="bfloat17")

@@ -151,7 +151,7 @@ def test_a_family_is_a_module():
 
 @pytest.mark.parametrize("name", ("phi", "..config", ""))
 def test_an_unknown_family_is_refused_with_those_there_are(name):
-    with pytest.raises(ValueError, match="not supported. Known families are: .*llama"):
+    with pytest.raises(ValueError, match=r"not supported. Known families are: .*llama"):
         family(name)
 
 

@@ -30,7 +30,10 @@ def test_every_part_is_read_as_it_was_stored(case):
     array = np.arange(np.prod(shape)).reshape(shape)
     matrix = to_stored(stored, array)
     ranges = [
-        [slice(None), *(slice(a, b) for a, b in itertools.combinations(range(n + 1), 2))]
+        [
+            slice(None),
+            *(slice(a, b) for a, b in itertools.combinations(range(n + 1), 2)),
+        ]
         for n in shape
     ]
     for box in itertools.product(*ranges):
