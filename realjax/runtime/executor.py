@@ -107,6 +107,9 @@ class Executor:
         }
         self._programs: dict[Any, Any] = {}
         self.after_call: Callable[[str], None] | None = None
+        functions = {name: node.function for name, node in graph.calls.items()}
+        self._generates = any(isinstance(f, Generate) for f in functions.values())
+        self._training_calls = [k for k, f in functions.items() if isinstance(f, Train)]
 
     def close(self) -> None:
         """Ends worker processes and the watch."""
@@ -127,7 +130,8 @@ class Executor:
         Args:
             batch: of the data set.
             step: number of the step; draws depend on it.
-            training: False measures the training calls' losses and changes nothing.
+            training: False changes nothing; the losses of training calls are measured
+                where the data set holds the completions.
             on_wave: told (waves done, waves in all) during generation.
 
         Returns:
@@ -135,8 +139,12 @@ class Executor:
         """
         buffer, metrics = Buffer(batch), {}
         self.traffic, self.batch_traffic = Traffic(), buffer.traffic
+        # Losses of completions drawn just now say nothing: every ratio is 1.
+        unmeasured = () if training or not self._generates else self._training_calls
         for task in self.steps:
             match task:
+                case schedule_lib.Run(name) if name in unmeasured:
+                    continue
                 case schedule_lib.Run(name):
                     metrics |= self._run(name, buffer, step, training, on_wave)
                     if self.after_call is not None:

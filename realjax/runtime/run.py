@@ -104,7 +104,7 @@ class RunConfig:
     rows: dict[str, int] = dataclasses.field(default_factory=dict)
     microbatch_tokens: int = 0
     evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig(every_minutes=15.0)
     benchmark_steps: int = 0
     profile_steps: str = ""
     max_nonfinite: int = 10

@@ -54,7 +54,7 @@ def set_field(path, value):
         (set_field("hp.kl_coef", 1.0), ["config.hp.kl_coef", "PPO has no field"]),
         (set_field("hp.kl.cof", 1.0), ["config.hp.kl.cof", "mean 'coef'"]),
         (set_field("stepz", 1), ["config.stepz", "mean 'steps'"]),
-        (set_field("roles.polcy", {}), ["config.roles.polcy", "mean 'policy'"]),
+        (set_field("roles", {"polcy": {}}), ["the role 'policy'", "has polcy"]),
         (set_field("allocations.rolout", "d1"), ["'rolout'", "mean 'rollout'"]),
         (set_field("rows.train_polcy", 2), ["'train_polcy'", "mean 'train_policy'"]),
         # A choice.
@@ -63,7 +63,10 @@ def set_field(path, value):
         (set_field("corpus", "review"), ["corpus='review'", "reviews"]),
         (set_field("hp.value_loss", "msee"), ["config.hp.value_loss", "mean 'mse'"]),
         (set_field("hp.value_norm", "expp"), ["config.hp.value_norm", "mean 'exp'"]),
-        (set_field("hp.score.truncated", "zer"), ["config.hp.score", "'zero' or a num"]),
+        (
+            set_field("hp.score.truncated", "zer"),
+            ["config.hp.score", "'zero' or a num"],
+        ),
         (
             set_field("roles.policy.optimizer.schedule", "cosin"),
             ["config.roles.policy.optimizer", "mean 'cosine'"],

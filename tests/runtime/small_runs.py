@@ -80,9 +80,8 @@ def data_config(data, name, **changes):
 def train(config, workdir, **options):
     """Runs a config; also returns what it printed."""
     text = io.StringIO()
-    console = Console(file=text, width=200)
-    result = trainer.train(config, workdir, console=console, **options)
-    return result, text.getvalue()
+    options = {"console": Console(file=text, width=200)} | options
+    return trainer.train(config, workdir, **options), text.getvalue()
 
 
 def saved_arrays(workdir, step):

@@ -166,16 +166,16 @@ def test_the_last_two_checkpoints_stay_and_the_report_is_written(whole):
 
 
 def test_the_export_of_each_save_stands_beside_its_checkpoint(data, tmp_path):
-    checkpoint = CheckpointConfig(every_steps=1)
-    config = sft_config(data, steps=3, checkpoint=checkpoint)
-    train(config, tmp_path, console=Interrupting(at_step=2, number=signal.SIGTERM))
-    # Stopped in step 2: there is time for a checkpoint, and the export is of step 1.
-    assert saved_steps(tmp_path) == [1, 2]
+    checkpoint = CheckpointConfig(every_steps=2)
+    config = sft_config(data, steps=4, checkpoint=checkpoint)
+    console = Interrupting(at_step=3, number=signal.SIGTERM)
+    train(config, tmp_path, console=console)
+    # Stopped in step 3, there is time for a checkpoint; the export is of step 2.
+    assert saved_steps(tmp_path) == [2, 3]
     exported = realjax.load(tmp_path / "export" / "policy").parameters
-    saved = saved_arrays(tmp_path, 1)
-    np.testing.assert_array_equal(
-        exported["embedding"], saved["policy/parameters/embedding"]
-    )
+    for step, is_same in ((2, True), (3, False)):
+        saved = saved_arrays(tmp_path, step)["policy/parameters/embedding"]
+        assert np.array_equal(exported["embedding"], saved) == is_same
 
 
 def tensorboard_events(workdir):
