@@ -16,7 +16,7 @@ last 256 prompts are held out. `:exact` scores by the answer and needs no reward
 from ml_collections import ConfigDict
 
 from realjax.algorithms.ppo import PPO
-from realjax.core.config import config_dict
+from realjax.core.config import check_choice, config_dict
 from realjax.data.datasets import DataConfig
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import RoleConfig
@@ -30,8 +30,9 @@ EXACT = RewardFunction(fn="realjax.data.verifiers:exact_answer")
 CALLS = ("rollout", "reward", "reference", "values", "train_policy", "train_critic")
 
 
-def get_config(arg: str = "") -> ConfigDict:
-    is_exact = arg == "exact"
+def get_config(variant: str = "") -> ConfigDict:
+    check_choice("variant", variant, ("", "exact", "debug"))
+    is_exact = variant == "exact"
     policy = OptimizerConfig(learning_rate=1e-4, schedule="constant")
     critic = OptimizerConfig(learning_rate=3e-4, schedule="constant")
     critic_path = "{policy}" if is_exact else "{reward}"
@@ -66,7 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     )
     config.paths = ConfigDict({"folder": "", "policy": "", "reward": ""})
-    if arg == "debug":
+    if variant == "debug":
         config.corpus = "reviews"
         config.cpu_devices = 8
         for role in config.roles.values():

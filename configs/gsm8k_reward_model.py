@@ -12,7 +12,7 @@ neg_answers}.
 from ml_collections import ConfigDict
 
 from realjax.algorithms.reward_model import RewardModel
-from realjax.core.config import config_dict
+from realjax.core.config import check_choice, config_dict
 from realjax.data.datasets import DataConfig
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import RoleConfig
@@ -20,7 +20,8 @@ from realjax.runtime.run import EvaluationConfig, RunConfig
 from realjax.testing import TINY
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
+    check_choice("variant", variant, ("", "debug"))
     optimizer = OptimizerConfig(learning_rate=5e-4, warmup_fraction=0.1)
     config = config_dict(
         RunConfig(
@@ -40,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.hp = config_dict(RewardModel)
     config.paths = ConfigDict({"folder": "", "model": ""})
-    if arg == "debug":
+    if variant == "debug":
         config.corpus = "reviews"
         config.cpu_devices = 8
         config.roles.reward.path = ""

@@ -11,7 +11,7 @@ trained on the same file.
 from ml_collections import ConfigDict
 
 from realjax.algorithms.sft import SFT
-from realjax.core.config import config_dict
+from realjax.core.config import check_choice, config_dict
 from realjax.data.datasets import DataConfig
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import RoleConfig
@@ -29,7 +29,8 @@ MODEL = {
 }
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
+    check_choice("variant", variant, ("", "debug"))
     role = RoleConfig(
         tokenizer="{workdir}/tokenizer",
         model=MODEL,
@@ -53,7 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.hp = config_dict(SFT)
     config.paths = ConfigDict({"folder": ""})
     config.new_tokenizer = 2048
-    if arg == "debug":
+    if variant == "debug":
         config.corpus = "reviews"
         config.new_tokenizer = 512
         config.paths.folder = "{workdir}/data"

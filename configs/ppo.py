@@ -14,7 +14,7 @@ Hyperparameters are ReaL's defaults. Cost and result: not measured.
 from ml_collections import ConfigDict
 
 from realjax.algorithms.ppo import PPO
-from realjax.core.config import config_dict
+from realjax.core.config import check_choice, config_dict
 from realjax.data.datasets import DataConfig
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import RoleConfig
@@ -26,7 +26,8 @@ from realjax.testing import TINY
 CALLS = ("rollout", "reward", "reference", "values", "train_policy", "train_critic")
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
+    check_choice("variant", variant, ("", "debug"))
     policy = OptimizerConfig(learning_rate=1e-6, schedule="constant")
     critic = OptimizerConfig(learning_rate=5e-6, schedule="constant")
     config = config_dict(
@@ -53,7 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.hp = config_dict(PPO)
     config.paths = ConfigDict({"policy": "", "reward": "", "data": ""})
-    if arg == "debug":
+    if variant == "debug":
         debug(config)
     return config
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from realjax.algorithms.ppo import PPO
 from realjax.algorithms.reward_model import RewardModel
 from realjax.algorithms.sft import SFT
-from realjax.core.config import config_dict
+from realjax.core.config import check_choice, config_dict
 from realjax.data.datasets import DataConfig
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import RoleConfig
@@ -48,8 +48,9 @@ ALLOCATIONS = {
 }
 
 
-def get_config(arg: str = "") -> ConfigDict:
-    is_debug = arg == "debug"
+def get_config(variant: str = "") -> ConfigDict:
+    check_choice("variant", variant, ("", "debug"))
+    is_debug = variant == "debug"
     config = ConfigDict()
     config.corpus = "reviews"
     config.cpu_devices = 8

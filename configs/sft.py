@@ -14,7 +14,7 @@ not measured.
 from ml_collections import ConfigDict
 
 from realjax.algorithms.sft import SFT
-from realjax.core.config import config_dict
+from realjax.core.config import check_choice, config_dict
 from realjax.data.datasets import DataConfig
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import RoleConfig
@@ -23,7 +23,8 @@ from realjax.runtime.run import EvaluationConfig, RunConfig
 from realjax.testing import TINY
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
+    check_choice("variant", variant, ("", "debug"))
     optimizer = OptimizerConfig(learning_rate=1e-5, warmup_fraction=0.03)
     config = config_dict(
         RunConfig(
@@ -45,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.hp = config_dict(SFT)
     config.paths = ConfigDict({"model": "", "data": ""})
-    if arg == "debug":
+    if variant == "debug":
         debug(config)
     return config
 

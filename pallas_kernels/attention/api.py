@@ -1,5 +1,8 @@
 """The attention functions models call, and the choice of an implementation."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -108,7 +111,7 @@ def _attend(
     return jnp.transpose(out_BNGTK, (0, 3, 1, 2, 4)).reshape(query.shape)
 
 
-def _choose(implementation: str | None, num_tokens: int):
+def _choose(implementation: str | None, num_tokens: int) -> Callable[..., Any]:
     """Return the function of an implementation; by the row's length if None."""
     if implementation is None:
         implementation = "dense" if num_tokens <= LONGEST_DENSE_ROW else "blocked"

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -201,19 +201,19 @@ def child(repetitions: int, cache: str) -> dict[str, Any]:
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Two processes, then one line of JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(measure(arguments.repetitions)))
+    options = parser.parse_args(arguments)
+    if options.child:
+        print(json.dumps(measure(options.repetitions)))
         return
     with tempfile.TemporaryDirectory() as cache:
-        cold = child(arguments.repetitions, cache)
-        warm = child(arguments.repetitions, cache)
-    result = {"bench": "quick", **describe(), "repetitions": arguments.repetitions}
+        cold = child(options.repetitions, cache)
+        warm = child(options.repetitions, cache)
+    result = {"bench": "quick", **describe(), "repetitions": options.repetitions}
     result["parameters"] = MODEL.num_parameters
     result |= cold
     result["compile_seconds"] = {

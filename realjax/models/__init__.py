@@ -1,5 +1,6 @@
 """Language and scalar-head transformers over plain trees of parameters.
 
-Reading order: `config`, `transformer`, `attention`, `mlp`, `norm`, `rotary`, `cache`,
-`heads`; then `hf`, with `layout`, `tensor_files` and `families`, for checkpoints.
+Reading order: `config`, `axes`, `transformer`, `attention`, `mlp`, `norm`,
+`projection`, `rotary`, `cache`, `heads`; then, for checkpoints, `hf` with `layout`,
+`tensor_files` and `families`.
 """

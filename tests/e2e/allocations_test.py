@@ -186,6 +186,14 @@ def test_bytes_per_device_are_those_that_the_table_promises(many):
         assert held == dict.fromkeys(place.allocation.devices, promised)
 
 
+@pytest.mark.parametrize("role", ["policy", "critic"])
+def test_gradients_are_cut_as_their_parameters(many, role):
+    parameters = many.executor.store.train_state(role).parameters
+    gradients, _ = many.observer.compiled(f"train_{role}").output_shardings
+    for leaf, found in zip(*map(jax.tree.leaves, (parameters, gradients)), strict=True):
+        assert found.shard_shape(leaf.shape) == leaf.addressable_shards[0].data.shape
+
+
 def collectives(text):
     """The shapes that each kind of collective gives, by kind."""
     found = collections.defaultdict(set)
@@ -201,7 +209,7 @@ def collectives(text):
 @pytest.mark.parametrize("name", ["train_policy", "train_critic", "values"])
 def test_fsdp_programs_gather_one_layer_at_a_time_and_hold_no_whole_stack(many, name):
     place = Allocation.parse(PLAN[name])
-    text = many.observer.program_text(name)
+    text = many.observer.compiled(name).as_text()
     found = collectives(text)
     for weight, shape in WEIGHTS.items():
         if not weight.startswith("layers."):
@@ -218,7 +226,7 @@ def test_fsdp_programs_gather_one_layer_at_a_time_and_hold_no_whole_stack(many, 
 
 @pytest.mark.parametrize("name", ["rollout", "reward"])
 def test_tensor_programs_reduce_activations_and_gather_no_weight(many, name):
-    found = collectives(many.observer.program_text(name))
+    found = collectives(many.observer.compiled(name).as_text())
     rows = {"rollout": (SIZE, 1, 32), "reward": (2, WIDTH, 32)}[name]
     assert ("f32", *rows) in found["all-reduce"]
     # The logits of the rollout are gathered for the sampler, the head is not.

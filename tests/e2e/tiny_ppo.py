@@ -5,6 +5,7 @@ import dataclasses
 import gc
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from realjax.algorithms import ppo
@@ -13,13 +14,14 @@ from realjax.dataflow.plan import make_plan
 from realjax.dataflow.schedule import home_places
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import Role, RoleConfig
+from realjax.models.transformer import abstract_parameters
 from realjax.realloc import live_bytes
 from realjax.realloc.transfer import move_array
 from realjax.rl import Mean, Sampling, ScoreShaping
 from realjax.runtime.executor import Executor
 from realjax.runtime.measures import to_numbers
 from realjax.runtime.parameters import ParameterStore
-from realjax.testing import tiny_model, tiny_parameters, tiny_tokenizer
+from realjax.testing import tiny_model, tiny_tokenizer
 
 SIZE, PROMPT_WIDTHS, NEW_TOKENS, WIDTH = 16, (4, 8), 16, 24
 EOS_IDS = (1, 2, 3, 4)
@@ -68,11 +70,18 @@ def roles_of(graph, offload):
 
 
 def parameters_of(config, seed):
-    """New parameters whose predictions are far from uniform."""
-    parameters = tiny_parameters(config, seed)
-    for head in {"head", "score"} & parameters.keys():
-        parameters[head] = {"kernel": parameters[head]["kernel"] * 12}
-    return parameters
+    """Weights drawn without compiling anything; predictions are far from uniform."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        if path[-1].key == "scale":
+            return jnp.ones(leaf.shape)
+        deviation = 0.25 if path[0].key in ("head", "score") else 0.02
+        return jnp.asarray(deviation * rng.standard_normal(leaf.shape, np.float32))
+
+    return jax.tree_util.tree_map_with_path(
+        draw, abstract_parameters(config), is_leaf=lambda leaf: hasattr(leaf, "axes")
+    )
 
 
 def make_executor(hp, allocations, *, rows=None, offload=()):
@@ -218,10 +227,10 @@ class Observer:
 
         setattr(program, attribute, recorded)
 
-    def program_text(self, name):
+    def compiled(self, name):
         """What the compiler made of a call's program."""
         function, arguments = self.arguments[name]
-        return function.lower(*arguments).compile().as_text()
+        return function.lower(*arguments).compile()
 
 
 def abstract(x):

@@ -3,19 +3,19 @@
 Each row of the tables below breaks one thing of a run that is otherwise right.
 """
 
-import dataclasses
 import json
 import shutil
 
 import pytest
 
 from realjax.models import hf
-from realjax.testing import tiny_model, tiny_parameters
+from realjax.testing import tiny_model
 from tests.runtime.small_world import (
     VOCAB_SIZE,
     make_world,
     new_role,
     other_tokenizer,
+    parameters,
     ppo_config,
     refusal,
     write_lines,
@@ -113,3 +113,259 @@ def test_a_config_that_cannot_be_meant_is_refused(world, tmp_path, change, texts
     found = refusal(config, tmp_path / "run", world)
     assert [text for text in texts if text not in found] == [], found
     assert not (tmp_path / "run").exists()
+
+
+# -- the data ----------------------------------------------------------------------
+
+
+def lines(*texts):
+    return lambda path: path.write_text("\n".join(texts) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("write", "texts"),
+    [
+        (lambda path: path.unlink(), ["config.data.path", "is not there"]),
+        (lambda path: (path.unlink(), path.mkdir()), ["train.jsonl", "is a folder"]),
+        (
+            lines('{"prompt": "a"}', "", '{"prompt": "b"', '{"prompt": "c"}'),
+            ["Line 3 of", "is not JSON", "Correct or remove it"],
+        ),
+        (lines('{"prompt": "a"}', "[1]"), ["Record 1 of", "is a list", "object"]),
+        (
+            lines('{"prompt": "a"}', '{"text": "b"}'),
+            ["Record 1 (counting from 0)", "no field `prompt`", "['text']"],
+        ),
+        (lines('{"prompt": 7}'), ["Record 0", "`prompt` is a int"]),
+        (lines('{"prompt": ""}'), ["Record 0", "its prompt is empty"]),
+        (lines(""), ["has no record", "at least one"]),
+        (
+            lines('{"prompt": "' + "the cat " * 200 + '"}'),
+            ["every prompt is longer than max_prompt_length=256", "Raise"],
+        ),
+        (lambda path: path.write_bytes(b'{"prompt": "\xff"}'), ["is not UTF-8"]),
+    ],
+    ids=lambda value: value[0][:30] if isinstance(value, list) else "",
+)
+def test_data_that_cannot_be_read_is_refused(own, tmp_path, write, texts):
+    write(own / "train.jsonl")
+    found = refusal(ppo_config(own), tmp_path / "run", own)
+    assert [text for text in texts if text not in found] == [], found
+
+
+def test_held_out_data_is_checked_before_training_begins(own, tmp_path):
+    config = ppo_config(own)
+    config.data.valid_path = str(own / "valid.jsonl")
+    assert "config.data.valid_path" in refusal(config, tmp_path / "run")
+    (own / "valid.jsonl").write_text("{")
+    assert "Line 1 of" in refusal(config, tmp_path / "run")
+    config.data.valid_path, config.data.held_out = "", 20
+    assert "Hold out fewer" in refusal(config, tmp_path / "run")
+
+
+def test_data_of_another_kind_is_refused_with_what_the_graph_reads(own, tmp_path):
+    write_lines(own / "train.jsonl", [{"prompt": "a", "answer": "b"}])
+    config = ppo_config(own)
+    config.data.kind = "prompt_answer"
+    found = refusal(config, tmp_path / "run")
+    assert (
+        "config.data.kind is 'prompt_answer': Call 'rollout' reads 'prompts'" in found
+    )
+
+
+# -- checkpoints and tokenizers ----------------------------------------------------
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def change_fields(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("break_one", "texts"),
+    [
+        (lambda own: shutil.rmtree(own / "policy"), ["config.roles.policy.path"]),
+        (
+            lambda own: (own / "policy/tokenizer.json").unlink(),
+            ["Role 'policy'", "has no tokenizer.json", "Save the fast version"],
+        ),
+        (
+            lambda own: cut(own / "policy/tokenizer.json"),
+            ["Role 'policy'", "cannot be read", "Copy its tokenizer files again"],
+        ),
+        (
+            lambda own: (own / "policy/config.json").unlink(),
+            ["Role 'policy'", "not a checkpoint", "no config.json"],
+        ),
+        (lambda own: cut(own / "policy/config.json"), ["Role 'policy'", "is not JSON"]),
+        (
+            lambda own: change_fields(own / "policy/config.json", model_type="gpt9"),
+            ["Role 'policy'", "'gpt9' are not supported", "llama"],
+        ),
+        (
+            lambda own: cut(own / "reward/model.safetensors"),
+            ["Role 'reward'", "not a whole safetensors file", "copy it again"],
+        ),
+        (
+            lambda own: (own / "reward/model.safetensors").write_bytes(b""),
+            ["Role 'reward'", "not a whole safetensors file"],
+        ),
+        (
+            lambda own: (own / "reward/model.safetensors").unlink(),
+            ["Role 'reward'", "holds neither model.safetensors nor"],
+        ),
+        (
+            lambda own: change_fields(own / "policy/config.json", num_hidden_layers=3),
+            ["Role 'policy'", "lacks 9 of", "'model.layers.2."],
+        ),
+        (
+            lambda own: change_fields(own / "policy/config.json", num_hidden_layers=1),
+            ["Role 'policy'", "holds 9 tensors that a model of its config does not"],
+        ),
+        (
+            lambda own: change_fields(own / "policy/config.json", vocab_size=400),
+            ["Role 'policy'", "(300, 32)", "needs (400, 32)"],
+        ),
+        (
+            lambda own: other_tokenizer().save(own / "reward"),
+            ["have different tokenizers", "one tokenizer"],
+        ),
+    ],
+    ids=lambda value: value[-1][:30] if isinstance(value, list) else "",
+)
+def test_a_checkpoint_that_cannot_be_read_is_refused(own, tmp_path, break_one, texts):
+    break_one(own)
+    found = refusal(ppo_config(own), tmp_path / "run", own)
+    assert [text for text in texts if text not in found] == [], found
+
+
+def test_a_reward_model_cannot_be_the_policy(world, tmp_path):
+    config = ppo_config(world)
+    config.paths.policy = config.paths.reward
+    found = refusal(config, tmp_path / "run")
+    assert "Role 'policy'" in found and "scalar head" in found
+
+
+def test_a_language_model_cannot_score_without_being_trained_to(world, tmp_path):
+    config = ppo_config(world)
+    config.paths.reward = config.paths.policy
+    found = refusal(config, tmp_path / "run")
+    assert "Role 'reward'" in found and "random head" in found
+
+
+def test_a_model_smaller_than_the_vocabulary_of_its_tokenizer_is_refused(own, tmp_path):
+    config = tiny_model(VOCAB_SIZE - 1)
+    hf.save(own / "small", config, parameters(config))
+    changed = ppo_config(own)
+    changed.paths.policy = str(own / "small")
+    changed.roles.policy.tokenizer = str(own / "policy")
+    changed.roles.reference.tokenizer = str(own / "policy")
+    found = refusal(changed, tmp_path / "run")
+    assert "vocabulary of 299 and its tokenizer one of 300" in found
+
+
+def test_a_new_model_needs_a_tokenizer_and_sizes(world, tmp_path):
+    config = ppo_config(world)
+    new_role(config, world, "policy", widht=8)
+    assert "config.roles.policy.model.widht" in refusal(config, tmp_path / "run")
+    new_role(config, world, "policy", num_heads=3)
+    assert "3 query heads do not split" in refusal(config, tmp_path / "run")
+    config.roles.policy.tokenizer = ""
+    found = refusal(config, tmp_path / "run")
+    assert "config.roles.policy.path" in found and "config.roles.policy.tok" in found
+
+
+# -- the plan ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "texts"),
+    [
+        (set_field("allocation", "d9"), ["there are 8 devices (0 to 7)"]),
+        (set_field("allocation", "d2@6-8"), ["names 3"]),
+        (set_field("allocation", "x2"), ["unknown letter 'x'", "d (data)"]),
+        (set_field("allocation", "s2"), ["stage=2 is reserved"]),
+        (
+            set_field("allocations.values", "t8"),
+            ["Call 'values', role 'critic'", "tensor=8 does not divide num_heads=4"],
+        ),
+        (
+            set_field("allocations.rollout", "f3"),
+            ["Call 'rollout', role 'policy'", "fsdp=3 does not divide width=32"],
+        ),
+        (
+            set_field("hp.minibatches", 5),
+            ["Call 'train_policy' makes 5 minibatches of 4", "config.hp.minibatches"],
+        ),
+        (
+            set_field("hp.sampling.max_new_tokens", 300),
+            ["'policy' was made for 256", "config.hp.sampling.max_new_tokens"],
+        ),
+    ],
+    ids=lambda value: value[-1][:30] if isinstance(value, list) else "",
+)
+def test_a_plan_that_does_not_fit_is_refused(world, tmp_path, change, texts):
+    config = ppo_config(world)
+    change(config)
+    found = refusal(config, tmp_path / "run")
+    assert [text for text in texts if text not in found] == [], found
+
+
+def test_a_vocabulary_that_does_not_divide_over_tensor_is_refused(own, tmp_path):
+    config = tiny_model(301, num_heads=4)  # 301 = 7 * 43
+    hf.save(own / "odd", config, parameters(config))
+    changed = ppo_config(own)
+    changed.paths.policy = str(own / "odd")
+    for role in ("policy", "reference"):
+        changed.roles[role].tokenizer = str(own / "policy")
+    changed.allocations.rollout = "t2"
+    found = refusal(changed, tmp_path / "run")
+    assert "tensor=2 does not divide vocab_size=301" in found
+
+
+def test_completions_per_prompt_count_among_the_minibatches(world, tmp_path):
+    config = ppo_config(world)
+    config.hp.completions_per_prompt, config.hp.minibatches = 2, 9
+    assert "9 minibatches of 8 sequences" in refusal(config, tmp_path / "run")
+
+
+# -- stages ------------------------------------------------------------------------
+
+
+def stages(world):
+    """Two runs in a row, of which the second has something wrong."""
+    one = ppo_config(world)
+    paths = one.paths
+    del one.paths
+    two = one.copy_and_resolve_references()
+    return {"stages": ("one", "two"), "paths": paths, "one": one, "two": two}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (set_field("hp.value_loss", "msee"), "config.hp.value_loss"),
+        (set_field("allocation", "d9"), "there are 8 devices"),
+        (set_field("data.path", "nowhere.jsonl"), "config.two.data.path"),
+        (set_field("roles.critic.path", "nowhere"), "config.two.roles.critic.path"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_last_stage_is_checked_before_the_first_runs(world, tmp_path, change, text):
+    config = stages(world)
+    change(config["two"])
+    config = {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in config.items()}
+    assert text in refusal(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_that_is_not_there_is_named(world, tmp_path):
+    config = stages(world)
+    assert "config.tow is none of the stages" in refusal(
+        config | {"tow": {}}, tmp_path / "run"
+    )
+    config["stages"] = ("one", "two", "three")
+    assert "no config.three" in refusal(config, tmp_path / "run")

@@ -45,15 +45,15 @@ def write_data(folder, *, num=9, num_valid=3):
     return tokenizer
 
 
-def sft_config(data, **changes):
+def sft_config(folder, **changes):
     """Supervised fine-tuning: linear decay, the first two of five updates warm up."""
     optimizer = OptimizerConfig(
         learning_rate=1e-2, schedule="linear", warmup_fraction=0.4
     )
     values = {
         "algorithm": "sft",
-        "roles": {"policy": new_role(data, optimizer)},
-        "data": data_config(data, "answers", batch_size=4),
+        "roles": {"policy": new_role(folder, optimizer)},
+        "data": data_config(folder, "answers", batch_size=4),
         "allocation": "d2@0-1",
         "tensorboard": False,
         "evaluation": EvaluationConfig(at_start=False, at_end=False),
@@ -62,15 +62,15 @@ def sft_config(data, **changes):
     return RunConfig(**values | changes)
 
 
-def new_role(data, optimizer):
-    tokenizer = str(data / "tokenizer")
+def new_role(folder, optimizer):
+    tokenizer = str(folder / "tokenizer")
     return RoleConfig(tokenizer=tokenizer, model=MODEL, optimizer=optimizer)
 
 
-def data_config(data, name, **changes):
+def data_config(folder, name, **changes):
     return DataConfig(
-        path=str(data / f"{name}_train.jsonl"),
-        valid_path=str(data / f"{name}_valid.jsonl"),
+        path=str(folder / f"{name}_train.jsonl"),
+        valid_path=str(folder / f"{name}_valid.jsonl"),
         kind={"answers": "prompt_answer"}.get(name, name),
         max_length=64,
         **changes,

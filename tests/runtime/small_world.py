@@ -7,13 +7,15 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 
 import realjax
 from realjax.data.tokenizer import Tokenizer
 from realjax.models import hf
+from realjax.models.transformer import abstract_parameters
 from realjax.runtime.console import Console
-from realjax.testing import TINY, tiny_model, tiny_parameters, tiny_tokenizer
+from realjax.testing import TINY, tiny_model, tiny_tokenizer
 
 VOCAB_SIZE = 300
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -25,10 +27,21 @@ def make_world(folder: pathlib.Path) -> pathlib.Path:
     tokenizer = tiny_tokenizer()
     for name, head in (("policy", "language"), ("reward", "scalar")):
         config = tiny_model(VOCAB_SIZE, head=head, eos_ids=tokenizer.eos_ids)
-        parameters = tiny_parameters(config)
-        hf.save(folder / name, config, parameters, tokenizer=tokenizer)
+        hf.save(folder / name, config, parameters(config), tokenizer=tokenizer)
     write_lines(folder / "train.jsonl", [{"prompt": text} for text in PROMPTS] * 4)
+    answers = [{"prompt": text, "answer": " and ran"} for text in PROMPTS]
+    write_lines(folder / "answers.jsonl", answers)
     return folder
+
+
+def parameters(config, seed: int = 0):
+    """Random ones, made without compiling anything."""
+    generator = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: generator.normal(0, 0.1, leaf.shape).astype(np.float32),
+        abstract_parameters(config),
+        is_leaf=lambda node: hasattr(node, "axes"),
+    )
 
 
 def other_tokenizer() -> Tokenizer:
@@ -52,6 +65,20 @@ def ppo_config(world: pathlib.Path):
     config.hp.sampling.max_new_tokens = 8
     config.allocation = "d1"
     config.steps = 2
+    config.tensorboard = False
+    config.checkpoint.export = False
+    return config
+
+
+def sft_config(world: pathlib.Path, **sizes):
+    """One step of configs/sft.py on one device, from new weights."""
+    config = realjax.load_config("sft.py")
+    new_role(config, world, "policy", **sizes)
+    config.data.path = str(world / "answers.jsonl")
+    config.data.valid_path = ""
+    config.data.batch_size = 4
+    config.allocation = "d1"
+    config.steps = 1
     config.tensorboard = False
     config.checkpoint.export = False
     return config

@@ -44,10 +44,10 @@ def data(tmp_path_factory):
     return folder
 
 
-def epochs_config(data, **changes):
+def epochs_config(folder, **changes):
     """Two epochs of 9 records, 4 at a time: 5 steps, the last with 2 records."""
     return sft_config(
-        data,
+        folder,
         **{
             "epochs": 2,
             "tensorboard": True,
@@ -288,7 +288,7 @@ def test_another_run_is_refused_and_the_folder_stays_usable(data, whole):
         train(epochs_config(data, seed=1), workdir)
     # Found later, when the checkpoint is read: the folder is given back then, too.
     other = dataclasses.replace(epochs_config(data).data, shuffle=False)
-    with pytest.raises(ValueError, match="data"):
+    with pytest.raises(ValueError, match="saved data order has shuffle"):
         train(epochs_config(data, data=other), workdir)
     assert train(epochs_config(data), workdir)[0].is_finished
 

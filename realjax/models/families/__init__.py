@@ -1,7 +1,7 @@
 """Model families: what their checkpoints call things, and their published sizes.
 
 A family is a module with `read_config`, `write_config`, `stored_tensors`, `size` and
-the architectures' names; the name of the module is the `model_type` of its configs.
+`IGNORED_TENSORS`; the name of the module is the `model_type` of its configs.
 """
 
 import importlib
