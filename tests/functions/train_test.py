@@ -222,7 +222,7 @@ def test_sft_reports_nats_per_token_and_perplexity_per_sequence():
 
 
 def expected_preferences():
-    """Loss, its gradient in each score, and metrics, in float64."""
+    """Loss and metrics of three real pairs, in float64."""
     scalars = plain_scalars(sharp_parameters(SCALAR), SCALAR, TOKENS)
     scores = np.asarray(scalars, np.float64)[np.arange(SIZE), LENGTHS - 1]
     chosen, rejected = scores[:6:2], scores[1:6:2]
