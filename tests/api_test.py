@@ -57,8 +57,11 @@ def test_a_shipped_config_is_found_from_any_folder(tmp_path, monkeypatch):
 
 def test_a_config_beside_the_caller_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "ppo.py").write_text("def get_config(variant):\n    return variant\n")
-    assert realjax.load_config("ppo.py:mine") == "mine"
+    (tmp_path / "ppo.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(variant):\n    return ConfigDict({'own': variant})\n"
+    )
+    assert realjax.load_config("ppo.py:mine").own == "mine"
 
 
 def test_a_plan_says_where_every_call_would_run():
@@ -98,13 +101,18 @@ def test_a_plan_of_stages_is_that_of_the_last():
 # -- a run -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def result(world, tmp_path_factory):
+def three_steps(world):
     config = sft_config(world)
     config.steps = 3
     config.allocation = "f2t2@4-7"
     config.data.valid_path = config.data.path
-    return train(config, tmp_path_factory.mktemp("run") / "run")
+    config.checkpoint.export = True
+    return config
+
+
+@pytest.fixture(scope="module")
+def result(world, tmp_path_factory):
+    return train(three_steps(world), tmp_path_factory.mktemp("run") / "run")
 
 
 def test_a_run_gives_metrics_as_arrays_aligned_by_step(result):
@@ -115,7 +123,7 @@ def test_a_run_gives_metrics_as_arrays_aligned_by_step(result):
     assert np.isfinite(metrics["loss"]).tolist() == [False, True, True, True]
     evaluated = np.isfinite(metrics["eval/loss"])
     assert evaluated.tolist() == [True, False, False, True]
-    assert result.is_finished and (result.workdir / "report").parent.is_dir()
+    assert result.is_finished
 
 
 def test_a_run_gives_its_models(result):
@@ -145,11 +153,7 @@ def test_a_config_may_be_a_dict_or_a_dataclass(result, world, tmp_path):
 
 
 def test_a_finished_run_is_given_again(result, world):
-    config = sft_config(world)
-    config.steps = 3
-    config.allocation = "f2t2@4-7"
-    config.data.valid_path = config.data.path
-    again = train(config, result.workdir)
+    again = train(three_steps(world), result.workdir)
     assert again.is_finished
     for name, values in result.metrics.items():
         np.testing.assert_array_equal(again.metrics[name], values)

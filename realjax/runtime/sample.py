@@ -38,7 +38,7 @@ class Completion:
 
 def sample(
     model: Model,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Sequence[str | Sequence[int] | np.ndarray],
     *,
     completions_per_prompt: int = 1,
     rows: int = 0,

@@ -12,8 +12,8 @@ from realjax.functions import packed
 from realjax.functions.function import Generate, Infer, is_filtered
 from realjax.functions.role import RoleConfig
 from realjax.rl.sampling import Sampling
-from realjax.testing import tiny_model, tiny_parameters
-from tests.functions.plain import model_on
+from realjax.testing import tiny_model
+from tests.functions.plain import model_on, sharp_parameters
 
 # Sequences of 3, 2, 0 and 4 tokens, in two rows of 6: one of 4 + 2 and one of 3.
 LENGTHS = np.array([3, 2, 0, 4], np.int32)
@@ -72,7 +72,7 @@ def test_outputs_are_zero_where_a_slot_or_a_token_is_missing(output, names):
         )
     )
     batch = {"tokens": jnp.asarray(TOKENS)}
-    found = forward(tiny_parameters(config), batch, packing_of())
+    found = forward(sharp_parameters(config), batch, packing_of())
     assert set(found) == names
     for name, value in found.items():
         assert value.dtype == jnp.float32

@@ -19,16 +19,26 @@ from realjax.parallel import (
     parameter_shardings,
     rows_sharding,
 )
-from realjax.testing import tiny_model, tiny_parameters
-
-ONE_DEVICE = "d1"
+from realjax.testing import tiny_model
 
 
 def sharp_parameters(config: ModelConfig, seed: int = 0) -> PyTree:
-    """New parameters whose tokens are unlike each other: logits differ by about 2."""
-    parameters = tiny_parameters(config, seed)
-    head = "head" if config.head == "language" else "score"
-    return parameters | {head: {"kernel": parameters[head]["kernel"] * 20}}
+    """New parameters that make much of a token: logits and scores of about 2."""
+    generator = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: transformer.Parameter) -> Array:
+        noise = generator.standard_normal(leaf.shape, np.float32)
+        name = jax.tree_util.keystr(path)
+        if "norm" in name:
+            return jnp.asarray(1 + 0.1 * noise)
+        is_head = "head" in name or "score" in name
+        return jnp.asarray((0.4 if is_head else 0.1) * noise)
+
+    return jax.tree_util.tree_map_with_path(
+        draw,
+        transformer.abstract_parameters(config),
+        is_leaf=lambda node: isinstance(node, transformer.Parameter),
+    )
 
 
 def mesh_of(text: str) -> jax.sharding.Mesh:

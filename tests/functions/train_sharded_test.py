@@ -20,6 +20,7 @@ from tests.functions.plain import (
     mesh_of,
     model_on,
     pack_all,
+    pack_groups,
     parameters_on,
     sharp_parameters,
 )
@@ -65,7 +66,7 @@ def minibatches_of(lengths=LENGTHS, num_shards=4):
     """Two updates: of the first half of the rows, then of the second."""
     place, half = np.arange(SIZE), SIZE // 2
     return [
-        pack_all(np.where(chosen, lengths, 0), num_shards=num_shards, unit=2)
+        pack_groups(lengths, [place[chosen]], num_shards=num_shards, unit=2)
         for chosen in (place < half, place >= half)
     ]
 
@@ -82,11 +83,11 @@ def trained(name, place="d1"):
 @pytest.mark.parametrize(
     ("name", "place"),
     [
-        ("sft", "d2t2"),
+        ("sft", "f2t2"),
         *(
             pytest.param(name, place, marks=pytest.mark.slow)
             for name in SPECS
-            for place in ("f4", "d2f2t2", "t4", "d4")
+            for place in ("d2t2", "f4", "d2f2t2", "t4", "d4")
         ),
     ],
 )
@@ -109,22 +110,19 @@ def test_updates_on_a_mesh_are_those_of_one_device(name, place):
 
 @pytest.mark.parametrize(
     "place",
-    ["d2t2", *(pytest.param(p, marks=pytest.mark.slow) for p in ("f4", "d2f2t2"))],
+    ["f2t2", *(pytest.param(p, marks=pytest.mark.slow) for p in ("f4", "d2f2t2"))],
 )
 def test_a_mesh_holds_no_more_than_its_part_of_masters_moments_and_gradients(place):
     state, _ = trained("sft", place)
     promised = bytes_per_device(abstract_parameters(model_of("sft")), mesh_of(place))
-    trees = [
+    for tree in (
         state.parameters,
         tree_utils.tree_get(state.optimizer, "mu"),
         tree_utils.tree_get(state.optimizer, "nu"),
-        program_of("sft", place).shardings.parameters,
-    ]
-    for tree in trees[:3]:
-        held = [
-            leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree)
-        ]
-        assert sum(held) == promised
+    ):
+        leaves = jax.tree.leaves(tree)
+        held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+        assert held == promised
     # Gradient sums go from one microbatch to the next as the masters lie.
     program = program_of("sft", place)
     batch, packing = on_mesh("sft", place), minibatches_of()[0][0]
@@ -146,7 +144,7 @@ def test_a_mesh_holds_no_more_than_its_part_of_masters_moments_and_gradients(pla
     # What a device lacks comes by collectives: sums of products over tensor and data,
     # and whole matrices where fsdp cut them.
     assert "all-reduce" in text
-    assert ("all-gather" in text) or "f" not in place
+    assert "all-gather" in text
 
 
 # -- several updates ---------------------------------------------------------------
@@ -164,13 +162,14 @@ def test_the_gradient_norm_is_reported_before_clipping():
     state, reports = trained("sft")
     assert min(report["grad_norm"] for report in reports) > CONFIG.clip_norm
     # After two gradients g of norm 0.1 each, the moment is 0.09 g_1 + 0.1 g_2.
-    norm = float(tree_utils.tree_norm(tree_utils.tree_get(state.optimizer, "mu")))
+    moments = jax.tree.leaves(tree_utils.tree_get(state.optimizer, "mu"))
+    norm = np.sqrt(sum(np.square(np.asarray(leaf)).sum() for leaf in moments))
     assert norm <= 0.19 * CONFIG.clip_norm * (1 + 1e-5)
 
 
 def test_many_updates_on_one_batch_lower_its_loss():
     program, state = program_of("sft"), fresh("sft")
-    packings = pack_all(LENGTHS, num_shards=4, unit=2)
+    packings = pack_groups(LENGTHS, [range(SIZE)])
     _, reports = program(state, on_mesh("sft"), [packings] * 8)
     losses = [float(report["loss"].value()) for report in reports]
     assert losses == sorted(losses, reverse=True)
@@ -180,8 +179,7 @@ def test_many_updates_on_one_batch_lower_its_loss():
 def test_evaluation_is_the_loss_of_training_without_an_update():
     program, state = program_of("sft"), fresh("sft")
     before = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(state)]
-    microbatches = pack_all(LENGTHS, num_rows=4, max_sequences=2, num_shards=4)
-    assert len(microbatches) == 4
+    microbatches = pack_groups(LENGTHS, [[0, 5, 6], [1], [7, 2, 3, 4]])
     found = program.evaluate(state.parameters, on_mesh("sft"), microbatches)
     for leaf, old in zip(jax.tree.leaves(state), before, strict=True):
         np.testing.assert_array_equal(leaf, old)
@@ -202,7 +200,7 @@ def test_a_batch_outlives_its_updates():
 
 
 @pytest.mark.parametrize(
-    "place", ["d1", "d2t2", pytest.param("d2f2t2", marks=pytest.mark.slow)]
+    "place", ["d1", "f2t2", pytest.param("d2f2t2", marks=pytest.mark.slow)]
 )
 def test_other_lengths_and_more_microbatches_compile_nothing_new(place):
     program = TrainProgram(

@@ -93,6 +93,7 @@ def dealt(num_groups, unit=1):
     return [units[index::num_groups].ravel().tolist() for index in range(num_groups)]
 
 
+@functools.cache
 def without_packing():
     """Loss and gradient of the mean over all completion tokens, rows as they are."""
 

@@ -103,7 +103,7 @@ def test_ids_need_no_tokenizer(folder, tmp_path, model):
     completions = draw(found, ids)
     assert ids_of(completions) == ids_of(draw(model, TEXTS))
     assert {one.text for one in completions} == {""}
-    with pytest.raises(ValueError, match="has no tokenizer. Give lists of ids"):
+    with pytest.raises(ValueError, match=r"has no tokenizer\. Give lists of ids"):
         draw(found, TEXTS)
 
 
@@ -196,7 +196,7 @@ def test_one_text_is_no_list_of_prompts(model):
 
 
 def test_a_reward_model_does_not_sample(folder):
-    with pytest.raises(ValueError, match="scalar head .* cannot sample"):
+    with pytest.raises(ValueError, match=r"scalar head .* cannot sample"):
         draw(load(folder / "scalar", "d1"))
 
 
