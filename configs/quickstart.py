@@ -83,7 +83,7 @@ def sft(is_debug: bool) -> ConfigDict:
             algorithm="sft",
             roles={"policy": role},
             data=data("sft", is_debug, kind="prompt_answer", batch_size=64),
-            steps=3 if is_debug else 120,
+            steps=3 if is_debug else 100,
         )
     )
     config.hp = config_dict(SFT)
@@ -97,7 +97,7 @@ def reward_model(is_debug: bool) -> ConfigDict:
             algorithm="reward_model",
             roles={"reward": RoleConfig(path=POLICY, optimizer=optimizer)},
             data=data("pairs", is_debug, kind="pairs", max_pairs=1, batch_size=32),
-            steps=3 if is_debug else 60,
+            steps=3 if is_debug else 40,
         )
     )
     config.hp = config_dict(RewardModel)
@@ -117,11 +117,11 @@ def ppo(is_debug: bool) -> ConfigDict:
                 "critic": RoleConfig(path=REWARD, optimizer=critic),
             },
             data=data("prompts", is_debug, kind="prompts", batch_size=64),
-            steps=3 if is_debug else 40,
+            steps=3 if is_debug else 30,
             allocations=ALLOCATIONS,
             allocations_devices=8,
             evaluation=EvaluationConfig(num_samples=6, rewards=(RULE,)),
-            checkpoint=CheckpointConfig(every_steps=20),
+            checkpoint=CheckpointConfig(every_steps=10),
         )
     )
     config.hp = config_dict(

@@ -1,6 +1,5 @@
 """The Python API: the names that others rely on, and what they give."""
 
-import io
 import subprocess
 import sys
 
@@ -8,9 +7,6 @@ import numpy as np
 import pytest
 
 import realjax
-from realjax.core.config import to_dataclass
-from realjax.runtime.console import Console
-from realjax.runtime.run import RunConfig
 from tests.runtime.small_world import (
     PROMPTS,
     make_world,
@@ -140,20 +136,8 @@ def test_a_run_gives_its_models(result):
     assert exported.tokenizer.fingerprint() == model.tokenizer.fingerprint()
 
 
-def test_a_config_may_be_a_dict_or_a_dataclass(result, world, tmp_path):
-    config = sft_config(world)
-    values = config.to_dict() | {"steps": 1}
-    console = Console(file=io.StringIO())
-    first = realjax.train(values, tmp_path / "dict", console=console)
-    del values["paths"]
-    second = realjax.train(
-        to_dataclass(RunConfig, values), tmp_path / "dataclass", console=console
-    )
-    np.testing.assert_array_equal(first.metrics["loss"], second.metrics["loss"])
-
-
-def test_a_finished_run_is_given_again(result, world):
-    again = train(three_steps(world), result.workdir)
+def test_a_finished_run_is_given_again_also_by_a_dict(result, world):
+    again = train(three_steps(world).to_dict(), result.workdir)
     assert again.is_finished
     for name, values in result.metrics.items():
         np.testing.assert_array_equal(again.metrics[name], values)

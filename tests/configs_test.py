@@ -1,8 +1,6 @@
 """Every shipped config runs in its `:debug` form, from any folder, on nothing."""
 
 import io
-import json
-import os
 import pathlib
 
 import numpy as np
@@ -11,25 +9,21 @@ import pytest
 import realjax
 from realjax.core.metrics import read_metrics
 from realjax.runtime.console import Console
+from realjax.runtime.run import RunConfig, make_graph
 
 FOLDER = pathlib.Path(realjax.__file__).parents[1] / "configs"
 CONFIGS = sorted(path.name for path in FOLDER.glob("*.py"))
 NUM_STEPS = 3
 
 
-def roles_of(config):
-    """Trained roles of each run, by the run's folder below the work folder."""
+def trained_roles(config):
+    """Of each run, by its folder below the work folder."""
     stages = config.get("stages", ())
     runs = {name: config[name] for name in stages} or {".": config}
     return {
-        name: {role for role in run.roles if has_updates(run.algorithm, role)}
-        for name, run in runs.items()
+        folder: make_graph(RunConfig(algorithm=run.algorithm)).trained_roles
+        for folder, run in runs.items()
     }
-
-
-def has_updates(algorithm, role):
-    graph = realjax.graph({"algorithm": algorithm})
-    return role in graph.trained_roles
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -44,11 +38,11 @@ def test_the_debug_form_of_a_config_needs_nothing_and_leaves_a_run(
     )
     assert result.is_finished
     assert not any((tmp_path / "elsewhere").iterdir())
-    for folder, roles in roles_of(config).items():
+    for folder, roles in trained_roles(config).items():
         workdir = tmp_path / "run" / folder
         check_metrics(read_metrics(workdir / "metrics.jsonl"))
         assert (workdir / "report.html").stat().st_size > 0
-        assert {path.name for path in (workdir / "export").iterdir()} == roles
+        assert {path.name for path in (workdir / "export").iterdir()} == set(roles)
         for role in roles:
             check_export(workdir / "export" / role)
 
@@ -72,12 +66,8 @@ def check_export(folder):
     model = realjax.load(folder, "d1@0")
     assert model.tokenizer is not None
     assert model.tokenizer.vocab_size <= model.config.vocab_size
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
-    assert os.listdir(folder)
 
 
-def test_every_config_says_how_to_run_it_and_what_came_of_it():
-    for name in CONFIGS:
-        text = (FOLDER / name).read_text()
-        assert f"--config=configs/{name}" in text, name
-        assert f"--config=configs/{name}:debug" in text, name
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_says_how_to_run_it(name):
+    assert f"--config=configs/{name}" in (FOLDER / name).read_text()

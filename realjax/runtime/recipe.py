@@ -232,7 +232,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _filled(values: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
     """The values with "{name}" replaced by a path in every string."""
-    paths = {"workdir": str(workdir), **values.pop("paths", {})}
+    # The work folder last: a path may be inside it.
+    paths = {**values.pop("paths", {}), "workdir": str(workdir)}
 
     def fill(value: Any, where: str) -> Any:
         if isinstance(value, str):

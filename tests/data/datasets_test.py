@@ -371,7 +371,11 @@ def test_held_out_records_are_the_last_and_no_others(tmp_path):
     train = load_dataset(config, tokenizer)
     valid = load_dataset(config, tokenizer, split="valid")
     assert train.batch(range(7)).columns["prompt"] == [f"number {i}" for i in range(7)]
-    assert valid.batch(range(3)).columns["prompt"] == ["number 7", "number 8", "number 9"]
+    assert valid.batch(range(3)).columns["prompt"] == [
+        "number 7",
+        "number 8",
+        "number 9",
+    ]
 
 
 def test_holding_out_everything_is_refused(tmp_path):

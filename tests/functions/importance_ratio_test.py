@@ -220,7 +220,7 @@ def test_updates_leave_every_logprob_finite():
     state, reports = program(state, batch, minibatches)
     values = [{k: float(m.value()) for k, m in report.items()} for report in reports]
     assert values[0]["ratio"] == pytest.approx(1.0, abs=1e-5)
-    assert abs(values[2]["ratio"] - 1.0) > 1e-2
+    assert abs(values[2]["ratio"] - 1.0) > 1e-3
     for report in values:
         assert report["infinite"] == report["skipped"] == 0
         assert 0 < report["entropy"] < np.log(20)

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from optax import tree_utils
 
@@ -38,8 +39,14 @@ def updated(parameters, gradients, num_updates=100, **config):
     """Parameters after one update."""
     config = {"schedule": "constant", "warmup_fraction": 0.0, **config}
     optimizer = make_optimizer(OptimizerConfig(**config), num_updates)
-    updates, _ = optimizer.update(gradients, optimizer.init(parameters), parameters)
-    return jax.tree.map(jnp.add, parameters, updates)
+
+    @jax.jit
+    def update(parameters, gradients):
+        state = optimizer.init(parameters)
+        updates, _ = optimizer.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates)
+
+    return update(parameters, gradients)
 
 
 # -- schedule ----------------------------------------------------------------------
@@ -130,11 +137,11 @@ def test_two_updates_of_adamw_worked_out_in_float64():
         weights = weights - 0.1 * (step + 0.05 * weights)
 
     parameters = {"kernel": jnp.asarray(start, jnp.float32)}
-    state = optimizer.init(parameters)
+    state, update = optimizer.init(parameters), jax.jit(optimizer.update)
     for gradient in gradients:
         gradient = {"kernel": jnp.asarray(gradient, jnp.float32)}
-        updates, state = optimizer.update(gradient, state, parameters)
-        parameters = jax.tree.map(jnp.add, parameters, updates)
+        updates, state = update(gradient, state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
     np.testing.assert_allclose(parameters["kernel"], weights, rtol=1e-5)
 
 
@@ -161,9 +168,11 @@ def test_weight_decay_pulls_matrices_and_neither_norms_nor_biases():
 def test_no_norm_of_a_model_decays_and_every_matrix_does():
     axes = abstract_parameters(tiny_model())
     parameters = jax.tree.map(
-        lambda leaf: jnp.ones(leaf.shape), axes, is_leaf=lambda x: hasattr(x, "axes")
+        lambda leaf: np.ones(leaf.shape, np.float32),
+        axes,
+        is_leaf=lambda x: hasattr(x, "axes"),
     )
-    zeros = jax.tree.map(jnp.zeros_like, parameters)
+    zeros = jax.tree.map(np.zeros_like, parameters)
     found = updated(parameters, zeros, learning_rate=0.1, weight_decay=0.5)
     for path, leaf in jax.tree_util.tree_leaves_with_path(found):
         is_norm = "norm" in jax.tree_util.keystr(path)
@@ -173,7 +182,7 @@ def test_no_norm_of_a_model_decays_and_every_matrix_does():
 def first_moment(gradients, clip_norm):
     optimizer = make_optimizer(OptimizerConfig(beta1=0.5, clip_norm=clip_norm), 10)
     state = optimizer.init(gradients)
-    _, state = optimizer.update(gradients, state, gradients)
+    _, state = jax.jit(optimizer.update)(gradients, state, gradients)
     return tree_utils.tree_get(state, "mu")
 
 

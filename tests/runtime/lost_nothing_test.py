@@ -167,8 +167,9 @@ def test_a_run_with_a_function_is_the_same_run_in_the_next_process(world):
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
-    """The folder of a run that is done."""
+    """The folder of a run that is done; one before it had saved nothing."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
+    claim_workdir(workdir, {"seed": 7}).close()
     train(sft_config(world), workdir)
     return workdir
 
@@ -209,12 +210,8 @@ def test_a_checkpoint_of_another_model_is_not_restored(world, finished, tmp_path
     claim_workdir(workdir, {}, has_begun=lambda: False).close()  # It was given back.
 
 
-def test_a_run_that_has_saved_nothing_yet_may_be_changed(world, tmp_path):
-    workdir = tmp_path / "run"
-    with claim_workdir(workdir, {"seed": 7}):
-        pass
-    assert train(sft_config(world), workdir).is_finished
-    assert json.loads((workdir / "run.json").read_text())["seed"] == 0
+def test_a_run_takes_over_a_folder_in_which_nothing_was_saved(finished):
+    assert json.loads((finished / "run.json").read_text())["seed"] == 0
 
 
 def test_two_processes_do_not_share_a_folder(world, tmp_path):

@@ -38,6 +38,27 @@ def test_another_run_is_refused_with_what_differs(tmp_path):
     claim_workdir(tmp_path, FINGERPRINT).close()
 
 
+def test_a_run_that_left_nothing_gives_way_to_another(tmp_path):
+    claim_workdir(tmp_path, FINGERPRINT).close()
+    other = FINGERPRINT | {"seed": 1}
+    claim_workdir(tmp_path, other, has_begun=lambda: False).close()
+    assert json.loads((tmp_path / "run.json").read_text()) == other
+    with pytest.raises(WorkdirError, match="seed was 1 and is 0 now"):
+        claim_workdir(tmp_path, FINGERPRINT, has_begun=lambda: True)
+
+
+def test_a_live_run_is_not_replaced_though_it_has_saved_nothing(tmp_path):
+    with claim_workdir(tmp_path, FINGERPRINT), pytest.raises(WorkdirError, match="use"):
+        claim_workdir(tmp_path, {"seed": 1}, has_begun=lambda: False)
+    assert json.loads((tmp_path / "run.json").read_text()) == FINGERPRINT
+
+
+def test_a_folder_that_cannot_be_made_is_named():
+    # Nobody can make one there, the superuser included.
+    with pytest.raises(WorkdirError, match=r"fdinfo/run cannot be written \("):
+        claim_workdir("/proc/self/fdinfo/run", FINGERPRINT)
+
+
 def test_many_differences_are_counted(tmp_path):
     claim_workdir(tmp_path, {str(i): i for i in range(9)}).close()
     with pytest.raises(WorkdirError, match="and 4 more"):
