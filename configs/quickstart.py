@@ -23,6 +23,7 @@ from realjax.functions.score import RewardFunction
 from realjax.rl.sampling import Sampling
 from realjax.runtime.checkpoint import CheckpointConfig
 from realjax.runtime.run import EvaluationConfig, RunConfig
+from realjax.testing import TINY
 
 MODEL = {
     "width": 128,
@@ -75,7 +76,7 @@ def data(name: str, is_debug: bool, **changes) -> DataConfig:
 def sft(is_debug: bool) -> ConfigDict:
     role = RoleConfig(
         tokenizer="{workdir}/data/tokenizer",
-        model=MODEL,
+        model=TINY if is_debug else MODEL,
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_fraction=0.1),
     )
     config = config_dict(

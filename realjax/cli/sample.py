@@ -12,6 +12,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -74,7 +75,8 @@ def main(values: flags.FlagValues) -> int:
     """Reads prompts, samples, writes one line a completion."""
     if not values.model:
         raise ValueError("--model is missing: the folder of a checkpoint.")
-    options = {f.name: values[f.name].value for f in dataclasses.fields(Sampling)}
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    options: dict[str, Any] = {name: values[name].value for name in names}
     Sampling(**options)  # Refused before anything is read.
     output = _writable(values.output) if values.output else None
     found = _read_input(values.prompts)
