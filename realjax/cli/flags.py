@@ -91,9 +91,12 @@ def declare_config(
         return rest, ""
     config = load_config(path)
     _check_fields(config, rest)
-    config_flags.DEFINE_config_dict(
-        "config", config, _CONFIG_HELP, flag_values=values, sys_argv=rest
-    )
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, _CONFIG_HELP, flag_values=values, sys_argv=rest
+        )
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"A flag names no field of the config: {error}.") from error
     return rest, find_config(path.partition(":")[0]).stem
 
 

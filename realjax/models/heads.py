@@ -54,9 +54,9 @@ def scalars(parameters: PyTree, hidden: Float[Array, "*B D"]) -> Float[Array, "*
             "This model has no scalar head. Load it with head='scalar', or make its"
             " config with head='scalar'."
         )
+    # One column: float32 costs nothing, and its gradient is not rounded.
     return jnp.tensordot(
-        hidden,
-        parameters["score"]["kernel"][:, 0].astype(hidden.dtype),
+        hidden.astype(jnp.float32),
+        parameters["score"]["kernel"][:, 0].astype(jnp.float32),
         axes=((-1,), (0,)),
-        preferred_element_type=jnp.float32,
     )

@@ -19,13 +19,17 @@ PRODUCT = "product"
 def project(
     x: Float[Array, "*inputs"], kernel: Float[Array, "*features"], num_contracted: int
 ) -> Float[Array, "*outputs"]:
-    """Contract the last dimensions of `x` with the first of `kernel`.
+    """Contract the last dimensions of `x` with the first of `kernel`, in x's dtype.
+
+    The gradient of a float32 kernel stays float32: a sum over tokens, and over the
+    devices that share them, is not rounded to the dtype of the products on its way.
 
     JAX's own gradient of the kernel is the transpose of (cotangent x input), and XLA
     then writes the cotangent transposed first, on CPU at several times the cost of
     the product. This one is (input x cotangent), which needs no transpose.
     """
     last = tuple(range(x.ndim - num_contracted, x.ndim))
+    kernel = kernel.astype(x.dtype)
     return jax.lax.dot_general(
         x, kernel, ((last, tuple(range(num_contracted))), ((), ()))
     )
@@ -41,8 +45,12 @@ def _project_backward(num_contracted: int, saved, cotangent: Array):
     outputs = tuple(range(num_tokens_axes, cotangent.ndim))
     features = tuple(range(num_contracted, kernel.ndim))
     tokens = tuple(range(num_tokens_axes))
-    x_bar = jax.lax.dot_general(cotangent, kernel, ((outputs, features), ((), ())))
-    kernel_bar = jax.lax.dot_general(x, cotangent, ((tokens, tokens), ((), ())))
+    x_bar = jax.lax.dot_general(
+        cotangent, kernel.astype(x.dtype), ((outputs, features), ((), ()))
+    )
+    kernel_bar = jax.lax.dot_general(
+        x, cotangent, ((tokens, tokens), ((), ())), preferred_element_type=kernel.dtype
+    )
     return x_bar, kernel_bar
 
 
@@ -62,7 +70,5 @@ class Projection(nn.Module):
         """Project every token."""
         shape = (*x.shape[x.ndim - self.num_contracted :], *self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        out = project(
-            x.astype(self.dtype), kernel.astype(self.dtype), self.num_contracted
-        )
+        out = project(x.astype(self.dtype), kernel, self.num_contracted)
         return checkpoint_name(out, PRODUCT)

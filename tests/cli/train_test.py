@@ -6,8 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
-from realjax.cli.train import command
+from realjax.algorithms.ppo import PPO
+from realjax.cli.train import command, declare
+from realjax.core.config import to_dataclass
+from realjax.functions import RewardFunction
 from realjax.runtime.workdir import claim_workdir
 from tests.runtime.small_world import (
     contents,
@@ -91,6 +95,10 @@ def sft_arguments(world, *more):
         (
             ["--config=ppo.py:debug", "--config.steps.now=1"],
             "config.steps is 3 and has no fields",
+        ),
+        (
+            ["--config=ppo.py:debug", "--config.hp.rewards[0].fn=mine:score"],
+            "A flag names no field of the config: tuple index out of range",
         ),
         (
             ["--config=ppo.py:debug", "--config.steps=abc"],
@@ -192,3 +200,30 @@ def test_a_second_process_is_refused_from_any_folder(world, tmp_path):
     assert result.returncode == 2, result.stderr
     assert f"is in use by process {os.getpid()} on" in result.stderr
     assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+def test_fields_of_every_type_are_changed_by_flags():
+    values = flags.FlagValues()
+    arguments = [
+        "--config=ppo.py:debug",
+        "--config.steps=7",
+        "--config.hp.kl.coef=1",
+        "--config.hp.value_loss=huber",
+        "--config.hp.score.truncated=-1.5",
+        "--config.hp.rewards=a.b:c",
+        "--config.data.length_buckets=(8,16)",
+        "--noconfig.tensorboard",
+        "--config.roles.policy.model.width",
+        "64",
+        "--config.steps=8",
+        "--workdir=here",
+    ]
+    values(["", *declare(values, arguments)])
+    config = values.config
+    hp = to_dataclass(PPO, config.hp)
+    assert (config.steps, config.tensorboard) == (8, False)
+    assert (hp.kl.coef, hp.value_loss, hp.score.truncated) == (1.0, "huber", -1.5)
+    assert hp.rewards == (RewardFunction(fn="a.b:c"),)
+    assert config.data.length_buckets == (8, 16)
+    assert config.roles.policy.model.width == 64
+    assert values.workdir == "here"

@@ -11,6 +11,7 @@ from optax import tree_utils
 from realjax.algorithms import reward_model, sft
 from realjax.functions.function import Train
 from realjax.functions.optimizer import OptimizerConfig
+from realjax.functions.packed import packing_arrays
 from realjax.functions.train import TrainProgram
 from realjax.models import heads
 from realjax.rl.masking import Mean
@@ -193,6 +194,21 @@ def test_gradients_are_added_in_float32_where_products_are_bfloat16():
     _, exact, _ = step(program_of(SFT), pack_groups(LENGTHS, groups))
     with pytest.raises(AssertionError):
         assert_gradients_equal(gradient, exact, tolerance=1e-4)
+
+
+def test_sums_over_tokens_are_not_rounded_to_bfloat16_before_they_are_added_up():
+    # ReaL reduces bfloat16 gradients over devices. The lower half of a float32 is zero
+    # where a number went through bfloat16.
+    program = program_of(SFT, dtype="bfloat16")
+    (packing,) = pack_groups(LENGTHS, dealt(1))
+    batch, index = batch_on("d1", arrays_of(program)), packing_arrays(packing)
+    parameters = fresh(program).parameters
+    sums = program._zeros(parameters, batch, index)
+    gradient, _ = program._accumulate(parameters, sums, batch, index)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        low = np.asarray(leaf).view(np.uint32) & 0xFFFF
+        # Of the embedding, most rows are of a token that occurs once.
+        assert (low != 0).mean() > 0.1, jax.tree_util.keystr(path)
 
 
 def test_masters_and_moments_stay_float32_with_bfloat16_products():
