@@ -21,8 +21,11 @@ from realjax.functions.optimizer import OptimizerConfig
 from realjax.rl.masking import Mean
 from realjax.runtime.checkpoint import CheckpointConfig
 from realjax.runtime.console import Console
+from realjax.runtime.executor import Executor
+from realjax.runtime.profile import Profiler
 from realjax.runtime.run import EvaluationConfig, RunConfig
 from realjax.runtime.trainer import NonFiniteError
+from realjax.runtime.watch import Watch
 from realjax.runtime.workdir import WorkdirError
 from tests.runtime.small_runs import (
     check_same_arrays,
@@ -297,8 +300,7 @@ def test_another_run_is_refused_and_the_folder_stays_usable(data, whole):
 
 
 def test_a_benchmark_stops_and_prints_medians(data, tmp_path):
-    # The trace is cut short by the benchmark's end, and is written all the same.
-    config = sft_config(data, steps=50, benchmark_steps=4, profile_steps="4:9")
+    config = sft_config(data, steps=50, benchmark_steps=4)
     result, text = train(config, tmp_path)
     assert result.is_finished and len(result.metrics["step"]) == 4
     (line,) = (line for line in text.splitlines() if "timing_s/train_policy" in line)
@@ -310,7 +312,20 @@ def test_a_benchmark_stops_and_prints_medians(data, tmp_path):
         [np.median(seconds), seconds.min(), seconds.max()],
         rtol=1e-3,
     )
+
+
+def test_a_trace_that_the_end_of_the_run_cuts_short_is_written(tmp_path):
+    executor = object.__new__(Executor)  # Of a graph without calls, so to speak.
+    executor.watch = Watch()
+    profiler = Profiler("2:9", tmp_path)
+    for step in (1, 2, 3):
+        with profiler.step(step, executor):
+            pass
+    assert not (tmp_path / "profile" / "timeline.json").exists()
+    profiler.close()
     assert (tmp_path / "profile" / "timeline.json").exists()
+    assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
+    executor.watch.close()
 
 
 @pytest.fixture(scope="module")
