@@ -299,9 +299,11 @@ class Trainer:
     def _save(self, *, export: bool = True) -> None:
         """Everything the run needs to go on; written while the next step runs.
 
-        The export comes first: where the last checkpoint is, its export is, too.
+        The last step's export comes first: where its checkpoint is, so is its export.
         """
-        if export and self.run.config.checkpoint.export:
+        is_last = self.step >= self.run.steps
+        has_export = export and self.run.config.checkpoint.export
+        if has_export and is_last:
             self._export()
         self.checkpointer.save(
             self.step,
@@ -313,6 +315,8 @@ class Trainer:
                 "samples": self.samples,
             },
         )
+        if has_export and not is_last:
+            self._export()
         self._saved_seconds = time.monotonic()
 
     def _restore(self) -> None:

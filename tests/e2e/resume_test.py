@@ -123,14 +123,14 @@ def test_killed_ten_times_it_ends_as_one_that_was_not(world, tmp_path):
     saved, kills = 0, []
     while len(kills) < 10:
         with Process(values, workdir, cwd=tmp_path) as process:
-            # The first kill comes after the first save, each after a few more steps:
-            # one in two as soon as a save is seen, the others at a random moment.
-            after_step = saved + SAVE_EVERY + generator.randint(0, 1)
-            delay_seconds = None if len(kills) % 2 else generator.uniform(0, 0.3)
+            # The first comes after the first save, each other one after a few steps
+            # more: in turns at a random moment, and as soon as a save is seen.
+            in_save = len(kills) % 2 == 1
+            later = generator.randint(SAVE_EVERY if in_save else 1, SAVE_EVERY + 1)
             last, is_inside = kill(
                 process,
-                after_step=max(after_step, SAVE_EVERY + 1),
-                delay_seconds=delay_seconds,
+                after_step=max(saved, SAVE_EVERY) + later,
+                delay_seconds=None if in_save else generator.uniform(0, 0.5),
             )
             assert process.resumed == saved
         saved = last

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import types
@@ -256,6 +257,17 @@ def test_a_stopped_run_goes_on_to_the_numbers_of_one_that_was_not(stopped, whole
         saved_arrays(second.workdir, 5), saved_arrays(whole[0].workdir, 5)
     )
     assert exported_files(second.workdir) == exported_files(whole[0].workdir)
+
+
+def test_a_run_killed_before_its_first_save_begins_anew(data, whole, tmp_path):
+    for name in ("run.json", "metrics.jsonl"):
+        shutil.copy(whole[0].workdir / name, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:20])
+    _, text = train(epochs_config(data, tensorboard=False), tmp_path)
+    assert "resumed" not in text
+    check_same_metrics(tmp_path, whole[0].workdir)
+    assert exported_files(tmp_path) == exported_files(whole[0].workdir)
 
 
 def test_tensorboard_hides_points_of_steps_that_are_done_again(stopped):
