@@ -27,7 +27,7 @@ from realjax.runtime.run import RunConfig
 from realjax.testing import TINY
 
 EXACT = RewardFunction(fn="realjax.data.verifiers:exact_answer")
-CALLS = ("rollout", "reward", "reference", "values", "train_policy", "train_critic")
+CALLS = ("rollout", "reward", "reference", "value", "train_policy", "train_critic")
 
 
 def get_config(variant: str = "") -> ConfigDict:

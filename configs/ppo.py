@@ -23,7 +23,7 @@ from realjax.runtime.checkpoint import CheckpointConfig
 from realjax.runtime.run import EvaluationConfig, RunConfig
 from realjax.testing import TINY
 
-CALLS = ("rollout", "reward", "reference", "values", "train_policy", "train_critic")
+CALLS = ("rollout", "reward", "reference", "value", "train_policy", "train_critic")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -78,6 +78,6 @@ def debug(config: ConfigDict) -> None:
     config.allocations.rollout = "d2t2@0-3"
     config.allocations.reward = "d2@6-7"
     config.allocations.reference = "d2@4-5"
-    config.allocations.values = "f2t2@4-7"
+    config.allocations.value = "f2t2@4-7"
     config.allocations.train_policy = "d2f4"
     config.allocations.train_critic = "f2t2@4-7"

@@ -43,7 +43,7 @@ ALLOCATIONS = {
     "rollout": "d4t2",
     "reward": "d4@0-3",
     "reference": "d4@4-7",
-    "values": "f2t2@0-3",
+    "value": "f2t2@0-3",
     "train_policy": "d2f4",
     "train_critic": "f4@4-7",
 }

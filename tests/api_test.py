@@ -69,7 +69,7 @@ def test_a_plan_says_where_every_call_would_run():
         "rollout": "d2t2@0-3",
         "reward": "d2@6-7",
         "reference": "d2@4-5",
-        "values": "f2t2@4-7",
+        "value": "f2t2@4-7",
         "advantages": "d2f4@0-7",
         "train_policy": "d2f4@0-7",
         "train_critic": "f2t2@4-7",

@@ -5,7 +5,7 @@ https://arxiv.org/abs/1707.06347.
 
     prompts ─▶ rollout ─┬─▶ reward ────┬─▶ advantages ─┬─▶ train_policy
                         ├─▶ reference ─┤               └─▶ train_critic
-                        └─▶ values ────┘
+                        └─▶ value ─────┘
 """
 
 import dataclasses
@@ -176,7 +176,7 @@ def graph(hp: PPO) -> DataflowGraph:
         rollout=call("policy", generate),
         reward=call(None if hp.rewards else "reward", score),
         reference=call("reference", reference, logprobs="ref_logprobs"),
-        values=call("critic", infer(output="values")),
+        value=call("critic", infer(output="values")),
         advantages=call(None, estimate),
         train_policy=call("policy", train_policy),
         train_critic=call("critic", train_critic),

@@ -3,6 +3,7 @@
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from ml_collections import ConfigDict
 
 from realjax.algorithms import ppo, reward_model, sft
 from realjax.dataflow import DataflowGraph, call
@@ -18,7 +19,7 @@ REWARD = RewardFunction(fn="realjax.data.verifiers:positive_review")
 def test_ppo_runs_its_three_inferences_together():
     assert ppo.graph(ppo.PPO()).levels() == [
         ["rollout"],
-        ["reward", "reference", "values"],
+        ["reward", "reference", "value"],
         ["advantages"],
         ["train_policy", "train_critic"],
     ]
@@ -31,7 +32,7 @@ def test_ppo_has_the_six_model_function_calls_of_its_four_roles():
         "rollout": "policy",
         "reward": "reward",
         "reference": "reference",
-        "values": "critic",
+        "value": "critic",
         "train_policy": "policy",
         "train_critic": "critic",
     }
@@ -42,7 +43,7 @@ def test_ppo_has_the_six_model_function_calls_of_its_four_roles():
 def test_a_reward_function_takes_the_place_of_the_reward_role():
     graph = ppo.graph(ppo.PPO(rewards=(REWARD,)))
     assert "reward" not in graph.roles
-    assert graph.levels()[1] == ["reward", "reference", "values"]
+    assert graph.levels()[1] == ["reward", "reference", "value"]
 
 
 def test_policy_reference_and_trainer_read_the_sampler_s_kept_set():
@@ -107,3 +108,10 @@ def test_the_text_names_keys_and_allocations():
     assert "train_policy" in line
     assert "d4@0-3" in line
     assert "completion_mask" in line
+
+
+@pytest.mark.parametrize("algorithm", [sft, reward_model, ppo])
+def test_every_call_can_be_named_by_a_flag(algorithm):
+    # --config.allocations.values=… would read the method of that name.
+    calls = algorithm.graph(algorithm.HYPERPARAMETERS()).calls
+    assert [name for name in calls if hasattr(ConfigDict, name)] == []

@@ -39,11 +39,11 @@ def test_an_allocation_beyond_the_machine_is_refused():
 def test_rows_are_a_multiple_of_the_data_shards():
     plan = make_plan(GRAPH, num_devices=8, microbatch_tokens=2048)
     # 2048 tokens are 21 rows of 96; 24 is the next multiple of 8 shards.
-    assert plan.num_rows("values", max_rows=64, row_length=96) == 24
+    assert plan.num_rows("value", max_rows=64, row_length=96) == 24
     # No more rows than there are sequences.
-    assert plan.num_rows("values", max_rows=10, row_length=96) == 16
+    assert plan.num_rows("value", max_rows=10, row_length=96) == 16
 
 
 def test_rows_by_call_win_over_the_token_budget():
-    plan = make_plan(GRAPH, num_devices=8, rows={"values": 40})
-    assert plan.num_rows("values", max_rows=64, row_length=96) == 40
+    plan = make_plan(GRAPH, num_devices=8, rows={"value": 40})
+    assert plan.num_rows("value", max_rows=64, row_length=96) == 40

@@ -206,7 +206,7 @@ def collectives(text):
     return found
 
 
-@pytest.mark.parametrize("name", ["train_policy", "train_critic", "values"])
+@pytest.mark.parametrize("name", ["train_policy", "train_critic", "value"])
 def test_fsdp_programs_gather_one_layer_at_a_time_and_hold_no_whole_stack(many, name):
     place = Allocation.parse(PLAN[name])
     text = many.observer.compiled(name).as_text()
@@ -219,7 +219,7 @@ def test_fsdp_programs_gather_one_layer_at_a_time_and_hold_no_whole_stack(many, 
         assert ("f32", *layer) in found["all-gather"]
         stack = cut(1, place.tensor)[weight]
         assert f"f32[{','.join(map(str, stack))}]" not in text
-    if name != "values":
+    if name != "value":
         # Gradients are summed over the devices that saw other rows.
         assert found["all-reduce"] | found["reduce-scatter"] >= {("f32", 32)}
 
@@ -258,7 +258,7 @@ def test_a_key_is_sent_once_to_each_mesh_that_needs_it_from_elsewhere(many):
     # advantages stays where it was made; the rest of what each call reads is sent.
     readers = {
         "prompts": {"rollout"},
-        "tokens": {"reward", "reference", "values", "train_policy", "train_critic"},
+        "tokens": {"reward", "reference", "value", "train_policy", "train_critic"},
         "kept": {"reference", "train_policy"},
         "completion_mask": {"advantages", "train_policy", "train_critic"},
         "old_logprobs": {"advantages", "train_policy"},
@@ -402,7 +402,7 @@ def test_ratio_is_one_before_the_first_update_with_top_k_and_top_p(many):
 def first_step_with(many, sampling):
     executor = make_executor(hyperparameters(sampling), PLAN)
     # The others see the sampler's sets, whose form depends on the sampler.
-    share_programs(executor, many.executor, ["reward", "values", "train_critic"])
+    share_programs(executor, many.executor, ["reward", "value", "train_critic"])
     with contextlib.closing(executor):
         return run_step(executor, 1)
 
@@ -444,7 +444,7 @@ def test_ratio_is_one_however_completions_are_drawn(many, sampling):
             "rollout": "d2t2@0-3",
             "reward": "d8",
             "reference": "f2t2@4-7",
-            "values": "f4@4-7",
+            "value": "f4@4-7",
             "train_policy": "f2t2@0-3",
             "train_critic": "d2f2@4-7",
         },
@@ -453,7 +453,7 @@ def test_ratio_is_one_however_completions_are_drawn(many, sampling):
             "rollout": "d4t2@0-7",
             "reward": "d1@7",
             "reference": "t4@0-3+sequence",
-            "values": "d2@1,6",
+            "value": "d2@1,6",
             "train_policy": "d2t4@0-7+sequence",
             "train_critic": "f2t4@0-7",
         },

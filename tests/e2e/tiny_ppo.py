@@ -33,7 +33,7 @@ PLAN = {
     "rollout": "t4@0-3",
     "reward": "t2@6-7",
     "reference": "d2@4-5",
-    "values": "f2t2@0-3",
+    "value": "f2t2@0-3",
     "advantages": "d4@1-4",
     "train_policy": "d2f4@0-7",
     "train_critic": "f2t2@4-7",
@@ -191,7 +191,7 @@ class Observer:
         for name, attribute in {
             "rollout": "_wave",
             "reward": "_fill",
-            "values": "_fill",
+            "value": "_fill",
             "train_policy": "_accumulate",
             "train_critic": "_accumulate",
         }.items():

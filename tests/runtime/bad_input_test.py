@@ -289,8 +289,8 @@ def test_a_new_model_needs_a_tokenizer_and_sizes(world, tmp_path):
         (set_field("allocation", "x2"), ["unknown letter 'x'", "d (data)"]),
         (set_field("allocation", "s2"), ["stage=2 is reserved"]),
         (
-            set_field("allocations.values", "t8"),
-            ["Call 'values', role 'critic'", "tensor=8 does not divide num_heads=4"],
+            set_field("allocations.value", "t8"),
+            ["Call 'value', role 'critic'", "tensor=8 does not divide num_heads=4"],
         ),
         (
             set_field("allocations.rollout", "f3"),
