@@ -11,6 +11,12 @@
 
 FOLDER holds prompts.jsonl with {prompt, answer}; the answer is the final number. The
 last 256 prompts are held out. `:exact` scores by the answer and needs no reward model.
+
+Result on 256 held-out problems, mean and standard error, on a CPU in float32 at commit
+d2d7991: by the reward model -0.73 (0.08) before and 0.34 (0.06) after, with a KL of
+11.5 nats per completion; by the exact answer 0.016 (0.008) and 0.023 (0.009), no
+difference to speak of. The model is far too small to solve the problems. GPU: not
+measured.
 """
 
 from ml_collections import ConfigDict

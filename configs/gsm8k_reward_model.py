@@ -7,6 +7,9 @@
 
 FOLDER holds paired_train.jsonl and paired_valid.jsonl with {prompt, pos_answers,
 neg_answers}.
+
+Result with 750 problems for training and 600 pairs of 150 held-out ones, on a CPU in
+float32 at commit 6b0a874: held-out accuracy 0.717. GPU: not measured.
 """
 
 from ml_collections import ConfigDict

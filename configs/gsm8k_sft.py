@@ -6,6 +6,10 @@
 
 FOLDER holds sft_train.jsonl and sft_valid.jsonl with {prompt, answer}. The tokenizer is
 trained on the same file.
+
+Result on GSM8K's problems, 7000 for training, 473 held out, on a CPU in float32 at
+commit 2ae4588: the held-out loss fell from 7.675 to 3.811 nats per token. GPU: not
+measured.
 """
 
 from ml_collections import ConfigDict

@@ -8,6 +8,12 @@ them positive. A reward model learns from pairs that people like the positive on
 PPO teaches the writer to please it: the mean score of its reviews rises. The six model
 function calls of PPO run on six allocations of 8 devices; on fewer (one GPU, say) all
 of them are data parallel over what is there.
+
+Result on 256 held-out prompts, mean and standard error, on 8 virtual CPU devices in
+float32 at commit 536b0fd: accuracy of the reward model 0.992; score of the writer's
+reviews by the reward model 0.66 (0.15) before PPO and 3.28 (0.03) after, by the
+grammar's own rule (from -1 to 1) -0.04 (0.04) and 0.87 (0.02); KL to the reference 2.8
+nats per completion. GPU: not measured.
 """
 
 from ml_collections import ConfigDict

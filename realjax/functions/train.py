@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from realjax.core.arrays import Array, PyTree
@@ -220,8 +221,6 @@ def minibatch_order(
         epochs: how many orders to give.
         generator: a NumPy generator, or None to keep the order.
     """
-    import numpy as np
-
     rows = np.arange(size).reshape(-1, unit)
     for _ in range(epochs):
         order = rows if generator is None else generator.permutation(rows)

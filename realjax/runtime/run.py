@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import pkgutil
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -142,8 +143,6 @@ def load_algorithm(name: str) -> types.ModuleType:
     except ModuleNotFoundError as error:
         if error.name != path:
             raise
-        import pkgutil
-
         package = importlib.import_module("realjax.algorithms")
         known = [info.name for info in pkgutil.iter_modules(package.__path__)]
         raise ValueError(
