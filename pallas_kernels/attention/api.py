@@ -20,14 +20,17 @@ def attention(
     *,
     segment_ids: Int[Array, "B T"],
     causal: bool = True,
+    window: int | Int[Array, ""] | None = None,
+    soft_cap: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H K"]:
     """Attend within the segments of packed rows.
 
-        out_t = sum_s softmax_s(query_t · key_s / sqrt(K)) value_s
+        out_t = sum_s softmax_s(cap(scale x query_t · key_s)) value_s
 
-    over the s of t's segment, and s <= t if `causal`. Query head h reads key and value
-    head h // (H / N). Scores and their softmax are float32.
+    over the s of t's segment, s <= t if `causal`, and t - s < `window`. Query head h
+    reads key and value head h // (H / N). Scores and their softmax are float32.
 
     Args:
         query: of every token.
@@ -36,6 +39,11 @@ def attention(
         segment_ids: tokens see each other if and only if their ids are equal, padding
             (0) included, so that every token sees at least itself.
         causal: tokens see no later ones.
+        window: a token sees itself and the `window - 1` tokens before it, at least 1;
+            may be traced, as layers of a scanned stack differ. None has no limit.
+        soft_cap: cap(x) = soft_cap x tanh(x / soft_cap); None leaves scores as they
+            are.
+        scale: of the scores; None is K**-0.5. A constant to gradients.
         implementation: "dense" holds the scores of a row, "blocked" those of a block;
             None chooses by length.
 
@@ -44,9 +52,12 @@ def attention(
     """
     num_tokens = query.shape[1]
     places = jnp.arange(num_tokens, dtype=jnp.int32)
-    visibility = reference.Visibility(segment_ids, segment_ids, places, places)
+    visibility = reference.Visibility(
+        segment_ids, segment_ids, places, places, _checked_window(window)
+    )
+    form = reference.Form(causal, _checked_soft_cap(soft_cap))
     key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-    return _attend(query, key, value, visibility, causal, implementation)
+    return _attend(form, query, key, value, visibility, scale, implementation)
 
 
 def cached_attention(
@@ -56,13 +67,16 @@ def cached_attention(
     *,
     start: Int[Array, ""],
     first_slot: Int[Array, " B"],
+    window: int | Int[Array, ""] | None = None,
+    soft_cap: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H K"]:
     """Attend from the T tokens at slots `start` to `start + T` to a cache.
 
     Key slot j is visible to the token at slot i of sequence b if and only if
-    first_slot[b] <= j <= i. The outputs of tokens before the first slot are finite and
-    mean nothing.
+    first_slot[b] <= j <= i, and i - j < window. The outputs of tokens before the first
+    slot are finite and mean nothing.
 
     Args:
         query: of the new tokens; their keys and values are in the cache already.
@@ -70,6 +84,9 @@ def cached_attention(
         values: of every slot.
         start: slot of the first query.
         first_slot: slot of each sequence's first token.
+        window: as in `attention`, of slots.
+        soft_cap: as in `attention`.
+        scale: as in `attention`.
         implementation: as in `attention`.
 
     Returns:
@@ -83,17 +100,40 @@ def cached_attention(
         key_segments=(slots[None, :] >= first_slot[:, None]).astype(jnp.int32),
         query_places=places,
         key_places=slots,
+        window=_checked_window(window),
     )
+    form = reference.Form(True, _checked_soft_cap(soft_cap))
     keys, values = keys.astype(query.dtype), values.astype(query.dtype)
-    return _attend(query, keys, values, visibility, True, implementation)
+    return _attend(form, query, keys, values, visibility, scale, implementation)
+
+
+def _checked_window(window: int | Array | None) -> Array | None:
+    """Return the window as an array; raise ValueError if it is known and below 1."""
+    if window is None:
+        return None
+    if isinstance(window, int) and window < 1:
+        raise ValueError(
+            f"The window is {window} tokens; it must be at least 1, the token itself."
+            " None attends without a window."
+        )
+    return jnp.asarray(window, jnp.int32)
+
+
+def _checked_soft_cap(soft_cap: float | None) -> float | None:
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(
+            f"The soft cap is {soft_cap}; it must be positive. None attends without."
+        )
+    return soft_cap
 
 
 def _attend(
+    form: reference.Form,
     query: Array,
     key: Array,
     value: Array,
     visibility: reference.Visibility,
-    causal: bool,
+    scale: float | Array | None,
     implementation: str | None,
 ) -> Array:
     """Group the query heads by their key head, attend, and put them back."""
@@ -107,7 +147,9 @@ def _attend(
     attend = _choose(implementation, num_tokens)
     split = (batch, num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
     query_BNGTK = jnp.transpose(query.reshape(split), (0, 2, 3, 1, 4))
-    out_BNGTK = attend(query_BNGTK, key, value, visibility, causal)
+    scale = head_dim**-0.5 if scale is None else scale
+    scale = jnp.asarray(scale, jnp.float32)
+    out_BNGTK = attend(form, query_BNGTK, key, value, visibility, scale)
     return jnp.transpose(out_BNGTK, (0, 3, 1, 2, 4)).reshape(query.shape)
 
 

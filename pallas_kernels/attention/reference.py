@@ -28,13 +28,24 @@ KEY_BLOCK = 512
 OUT_OF_SIGHT = -1e30
 
 
+class Form(NamedTuple):
+    """What is known of the attention before tracing."""
+
+    causal: bool = True
+    soft_cap: float | None = None
+
+
 class Visibility(NamedTuple):
-    """A query sees a key of its own segment and, if causal, of no later place."""
+    """A query sees a key of its own segment, not too early and not too late.
+
+    Not `window` places or more before it and, if causal, of no later place.
+    """
 
     query_segments: Int[Array, "B T"]
     key_segments: Int[Array, "B S"]
     query_places: Int[Array, " T"]
     key_places: Int[Array, " S"]
+    window: Int[Array, ""] | None = None
 
     def bias(self, causal: bool) -> Float[Array, "B 1 1 T S"]:
         """Return 0 where a query sees a key, `OUT_OF_SIGHT` elsewhere.
@@ -42,42 +53,46 @@ class Visibility(NamedTuple):
         XLA adds a bias to scores much faster on CPU than it selects by a mask.
         """
         sees_BTS = self.query_segments[:, :, None] == self.key_segments[:, None, :]
+        distance_TS = self.query_places[:, None] - self.key_places[None, :]
         if causal:
-            before_TS = self.query_places[:, None] >= self.key_places[None, :]
-            sees_BTS = sees_BTS & before_TS[None]
+            sees_BTS = sees_BTS & (distance_TS >= 0)[None]
+        if self.window is not None:
+            sees_BTS = sees_BTS & (distance_TS < self.window)[None]
         bias_BTS = jnp.where(sees_BTS, 0, OUT_OF_SIGHT).astype(jnp.float32)
         return bias_BTS[:, None, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dense(
+    form: Form,
     query: Float[Array, "B N G T K"],
     key: Float[Array, "B N S K"],
     value: Float[Array, "B N S K"],
     visibility: Visibility,
-    causal: bool,
+    scale: Float[Array, ""],
 ) -> Float[Array, "B N G T K"]:
-    """Attend with all scores of a row at once."""
-    return _dense_forward(query, key, value, visibility, causal)[0]
+    """Attend with all scores of a row at once; `scale` is a constant to gradients."""
+    return _dense_forward(form, query, key, value, visibility, scale)[0]
 
 
-def _dense_forward(query, key, value, visibility, causal):
-    state = _add_keys(_nothing_seen(query), query, key, value, visibility.bias(causal))
+def _dense_forward(form: Form, query, key, value, visibility, scale):
+    bias = visibility.bias(form.causal)
+    state = _add_keys(form, _nothing_seen(query), query, key, value, bias, scale)
     out, log_total = _finish(state, query.dtype)
-    return out, (query, key, value, visibility, out, log_total)
+    return out, (query, key, value, visibility, scale, out, log_total)
 
 
-def _dense_backward(causal, saved, out_bar):
-    query, key, value, visibility, out, log_total = saved
-    weighted = _weighted(out, out_bar)
-    bars = _gradients(
-        query, key, value, visibility.bias(causal), log_total, weighted, out_bar
-    )
+def _dense_backward(form: Form, saved, out_bar):
+    query, key, value, visibility, scale, out, log_total = saved
+    rows = (log_total, _weighted(out, out_bar), out_bar)
+    bias = visibility.bias(form.causal)
+    bars = _gradients(form, query, key, value, bias, scale, *rows)
     query_bar, key_bar, value_bar = bars
     return (
         query_bar.astype(query.dtype),
         key_bar.astype(key.dtype),
         value_bar.astype(value.dtype),
+        None,
         None,
     )
 
@@ -85,58 +100,82 @@ def _dense_backward(causal, saved, out_bar):
 dense.defvjp(_dense_forward, _dense_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def blocked(
+    form: Form,
     query: Float[Array, "B N G T K"],
     key: Float[Array, "B N S K"],
     value: Float[Array, "B N S K"],
     visibility: Visibility,
-    causal: bool,
+    scale: Float[Array, ""],
 ) -> Float[Array, "B N G T K"]:
-    """Attend block by block; equal to `dense` up to rounding."""
-    return _blocked_forward(query, key, value, visibility, causal)[0]
+    """Attend block by block; equal to `dense` up to rounding.
+
+    Blocks that no query sees, by their places, are skipped.
+    """
+    return _blocked_forward(form, query, key, value, visibility, scale)[0]
 
 
-def _blocked_forward(query, key, value, visibility, causal):
+def _blocked_forward(form: Form, query, key, value, visibility, scale):
     keys = _key_blocks(key, value, visibility)
 
     def attend(block: tuple) -> tuple[Array, Array]:
-        query, segments, places = block
+        query, segments, places, in_sight = block
 
         def step(state: State, block: tuple) -> tuple[State, None]:
-            key, value, key_segments, key_places = block
-            sight = Visibility(segments, key_segments, places, key_places)
-            return _add_keys(state, query, key, value, sight.bias(causal)), None
+            (key, value, key_segments, key_places), is_seen = block
 
-        state, _ = jax.lax.scan(step, _nothing_seen(query), keys)
+            def meet(state: State) -> State:
+                sight = Visibility(
+                    segments, key_segments, places, key_places, visibility.window
+                )
+                bias = sight.bias(form.causal)
+                return _add_keys(form, state, query, key, value, bias, scale)
+
+            return jax.lax.cond(is_seen, meet, lambda state: state, state), None
+
+        state, _ = jax.lax.scan(step, _nothing_seen(query), (keys, in_sight))
         return _finish(state, query.dtype)
 
-    out, log_total = jax.lax.map(attend, _query_blocks(query, visibility))
+    queries = (*_query_blocks(query, visibility), _in_sight(form, visibility))
+    out, log_total = jax.lax.map(attend, queries)
     out = _joined(out, 3, query.shape[3])
     log_total = _joined(log_total, 3, query.shape[3])
-    return out, (query, key, value, visibility, out, log_total)
+    return out, (query, key, value, visibility, scale, out, log_total)
 
 
-def _blocked_backward(causal, saved, out_bar):
-    query, key, value, visibility, out, log_total = saved
+def _blocked_backward(form: Form, saved, out_bar):
+    query, key, value, visibility, scale, out, log_total = saved
     rows = (log_total, _weighted(out, out_bar), out_bar)
     queries = (
         *_query_blocks(query, visibility),
+        _in_sight(form, visibility),
         *(_split(x, 3, QUERY_BLOCK) for x in rows),
     )
     keys = _key_blocks(key, value, visibility)
 
     def query_step(key_bars: tuple[Array, Array], block: tuple):
-        query, segments, places, *rows = block
+        query, segments, places, in_sight, *rows = block
 
         def key_step(query_bar: Array, block: tuple):
-            (key, value, key_segments, key_places), (key_bar, value_bar) = block
-            sight = Visibility(segments, key_segments, places, key_places)
-            more = _gradients(query, key, value, sight.bias(causal), *rows)
-            return query_bar + more[0], (key_bar + more[1], value_bar + more[2])
+            (key, value, key_segments, key_places), key_bars, is_seen = block
+
+            def add(bars: tuple) -> tuple:
+                sight = Visibility(
+                    segments, key_segments, places, key_places, visibility.window
+                )
+                bias = sight.bias(form.causal)
+                more = _gradients(form, query, key, value, bias, scale, *rows)
+                return tuple(x + y for x, y in zip(bars, more, strict=True))
+
+            bars = (query_bar, *key_bars)
+            query_bar, *key_bars = jax.lax.cond(is_seen, add, lambda bars: bars, bars)
+            return query_bar, tuple(key_bars)
 
         query_bar = jnp.zeros(query.shape, jnp.float32)
-        query_bar, key_bars = jax.lax.scan(key_step, query_bar, (keys, key_bars))
+        query_bar, key_bars = jax.lax.scan(
+            key_step, query_bar, (keys, key_bars, in_sight)
+        )
         return key_bars, query_bar
 
     zeros = jnp.zeros(keys[0].shape, jnp.float32)
@@ -146,10 +185,30 @@ def _blocked_backward(causal, saved, out_bar):
         _joined(key_bars[0], 2, key.shape[2]).astype(key.dtype),
         _joined(key_bars[1], 2, value.shape[2]).astype(value.dtype),
         None,
+        None,
     )
 
 
 blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _in_sight(form: Form, visibility: Visibility) -> Array:
+    """Tell for each block of queries and of keys if places allow any sight: [I, J].
+
+    From places alone: they are the same on all devices that share the rows, while
+    segments would have to be compared across them.
+    """
+    places_IQ = _split(visibility.query_places, 0, QUERY_BLOCK, mode="edge")
+    places_JK = _split(visibility.key_places, 0, KEY_BLOCK, mode="edge")
+    seen_IJ = jnp.ones((len(places_IQ), len(places_JK)), bool)
+    if form.causal:
+        first_J, last_I = places_JK.min(axis=1), places_IQ.max(axis=1)
+        seen_IJ = seen_IJ & (last_I[:, None] >= first_J[None, :])
+    if visibility.window is not None:
+        first_I, last_J = places_IQ.min(axis=1), places_JK.max(axis=1)
+        near_IJ = first_I[:, None] - last_J[None, :] < visibility.window
+        seen_IJ = seen_IJ & near_IJ
+    return seen_IJ
 
 
 class State(NamedTuple):
@@ -169,9 +228,12 @@ def _nothing_seen(query: Array) -> State:
     )
 
 
-def _scores(query: Array, key: Array, bias: Array) -> Array:
-    """Return query · key / sqrt(K) + bias, float32 [B, N, G, T, S]."""
-    return _times(query, key, "bnik,bnjk->bnij") * query.shape[-1] ** -0.5 + bias
+def _scores(form: Form, query: Array, key: Array, scale: Array) -> Array:
+    """Return scale x query · key, softly capped, float32 [B, N, G, T, S]."""
+    scores = _times(query, key, "bnik,bnjk->bnij") * scale
+    if form.soft_cap is None:
+        return scores
+    return form.soft_cap * jnp.tanh(scores / form.soft_cap)
 
 
 def _times(x: Array, y: Array, equation: str) -> Array:
@@ -186,10 +248,16 @@ def _times(x: Array, y: Array, equation: str) -> Array:
 
 
 def _add_keys(
-    state: State, query: Array, key: Array, value: Array, bias: Array
+    form: Form,
+    state: State,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array,
+    scale: Array,
 ) -> State:
     """Meet some more keys and values."""
-    scores = _scores(query, key, bias)
+    scores = _scores(form, query, key, scale) + bias
     maximum = jnp.maximum(state.maximum, scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - maximum)
     shrink = jnp.exp(state.maximum - maximum)
@@ -214,21 +282,27 @@ def _weighted(out: Array, out_bar: Array) -> Array:
 
 
 def _gradients(
+    form: Form,
     query: Array,
     key: Array,
     value: Array,
     bias: Array,
+    scale: Array,
     log_total: Array,
     weighted: Array,
     out_bar: Array,
 ) -> tuple[Array, Array, Array]:
     """Return the cotangents of query, key and value, float32.
 
-    weight_bar = out_bar · value,  score_bar = weight x (weight_bar - weighted)
+    weight_bar = out_bar · value,  score_bar = weight x (weight_bar - weighted),
+    and the slope of cap tanh(x / cap) is 1 - tanh²(x / cap).
     """
-    weights = jnp.exp(_scores(query, key, bias) - log_total)
+    scores = _scores(form, query, key, scale)
+    weights = jnp.exp(scores + bias - log_total)
     weight_bar = _times(out_bar, value, "bnik,bnjk->bnij")
-    scores_bar = weights * (weight_bar - weighted) * query.shape[-1] ** -0.5
+    scores_bar = weights * (weight_bar - weighted) * scale
+    if form.soft_cap is not None:
+        scores_bar = scores_bar * (1 - jnp.square(scores / form.soft_cap))
     scores_bar = scores_bar.astype(query.dtype)
     return (
         _times(scores_bar, key, "bnij,bnjk->bnik"),
@@ -271,7 +345,9 @@ def _key_blocks(key: Array, value: Array, visibility: Visibility) -> tuple[Array
     )
 
 
-def _split(x: Array, axis: int, size: int, padding: int = 0) -> Array:
+def _split(
+    x: Array, axis: int, size: int, padding: int = 0, mode: str = "constant"
+) -> Array:
     """Split an axis into padded blocks, which become the first axis.
 
     Padding of queries and of keys is in segments of its own: -2 and -1.
@@ -279,7 +355,8 @@ def _split(x: Array, axis: int, size: int, padding: int = 0) -> Array:
     count = -(-x.shape[axis] // size)
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, count * size - x.shape[axis])
-    padded = jnp.pad(x, widths, constant_values=padding)
+    options = {"constant_values": padding} if mode == "constant" else {}
+    padded = jnp.pad(x, widths, mode=mode, **options)
     shape = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
     return jnp.moveaxis(padded.reshape(shape), axis, 0)
 
