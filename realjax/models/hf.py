@@ -259,9 +259,9 @@ def _check_tensors(
     parameters = jax.tree.leaves(abstract, is_leaf=_is_parameter)
     tensors = jax.tree.leaves(stored, is_leaf=_is_stored)
     for parameter, tensor in zip(parameters, tensors, strict=True):
-        shape = parameter.shape[1:] if tensor.is_stacked else parameter.shape
-        for name in tensor.names(config.num_layers):
-            needed[name] = layout.stored_shape(tensor, shape)
+        shape = _real_shape(parameter)
+        for name in tensor.names(shape):
+            needed[name] = layout.stored_shape(tensor, shape[tensor.num_stacked :])
     if missing := sorted(needed.keys() - files.names):
         raise ValueError(
             f"{files.folder} lacks {len(missing)} of {len(needed)} tensors that its"
@@ -303,31 +303,21 @@ def _load_parameter(
             s.indices(n)[:2] for s, n in zip(box, parameter.shape, strict=True)
         )
         if bounds not in parts:
-            parts[bounds] = _read_part(files, parameter, tensor, box, dtype)
+            parts[bounds] = layout.read_parameter(
+                tensor,
+                _real_shape(parameter),
+                tuple(slice(*bound) for bound in bounds),
+                files.read,
+                dtype,
+            )
         return parts[bounds]
 
     return jax.make_array_from_callback(parameter.shape, sharding, read, dtype)
 
 
-def _read_part(
-    files: TensorFiles,
-    parameter: Parameter,
-    tensor: Stored,
-    box: Box,
-    dtype: np.dtype,
-) -> np.ndarray:
-    if not tensor.is_stacked:
-        read = lambda part: files.read(tensor.name, part)
-        part = layout.read_box(tensor, parameter.shape, box, read)
-        return np.ascontiguousarray(part, dtype)
-    layers = range(*box[0].indices(parameter.shape[0]))
-    bounds = [s.indices(n)[:2] for s, n in zip(box, parameter.shape, strict=True)]
-    result = np.empty([stop - start for start, stop in bounds], dtype)
-    for place, layer in enumerate(layers):
-        name = tensor.name.format(layer=layer)
-        read = lambda part, name=name: files.read(name, part)
-        result[place] = layout.read_box(tensor, parameter.shape[1:], box[1:], read)
-    return result
+def _real_shape(parameter: Parameter) -> tuple[int, ...]:
+    """Shape without padding."""
+    return getattr(parameter, "real_shape", None) or parameter.shape
 
 
 def _draw_scalar_head(
@@ -347,11 +337,23 @@ def _stored_arrays(
     stored = family(config.family).stored_tensors(config)
     tensors, structure = jax.tree.flatten(stored, is_leaf=_is_stored)
     arrays = structure.flatten_up_to(parameters)
-    for tensor, array in zip(tensors, arrays, strict=True):
-        host = np.asarray(array)
-        parts = host if tensor.is_stacked else [host]
-        for name, part in zip(tensor.names(config.num_layers), parts, strict=True):
-            yield name, layout.to_stored(tensor, np.asarray(part, dtype))
+    abstract = structure.flatten_up_to(abstract_parameters(config))
+    leaves = list(zip(tensors, arrays, abstract, strict=True))
+    for name in dict.fromkeys(tensor.name for tensor in tensors):
+        group = [leaf for leaf in leaves if leaf[0].name == name]
+        hosts = [
+            (tensor, np.asarray(array)[tuple(map(slice, _real_shape(parameter)))])
+            for tensor, array, parameter in group
+        ]
+        first, whole = hosts[0]
+        for index in np.ndindex(whole.shape[: first.num_stacked]):
+            parts = {
+                tensor.part[1] if tensor.part else 0: layout.to_stored(
+                    tensor, np.asarray(host[index], dtype)
+                )
+                for tensor, host in hosts
+            }
+            yield first.item_name(index), layout.join_parts(parts, first)
 
 
 def _check_parameters(config: ModelConfig, parameters: PyTree) -> None:
