@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import blocked, reference
 
 # Rows longer than this are attended block by block: the scores of a dense row take
 # 4 H T² bytes, forward and again backward.
@@ -146,11 +146,10 @@ def _attend(
         )
     attend = _choose(implementation, num_tokens)
     split = (batch, num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    query_BNGTK = jnp.transpose(query.reshape(split), (0, 2, 3, 1, 4))
     scale = head_dim**-0.5 if scale is None else scale
     scale = jnp.asarray(scale, jnp.float32)
-    out_BNGTK = attend(form, query_BNGTK, key, value, visibility, scale)
-    return jnp.transpose(out_BNGTK, (0, 3, 1, 2, 4)).reshape(query.shape)
+    out = attend(form, query.reshape(split), key, value, visibility, scale)
+    return out.reshape(query.shape)
 
 
 def _choose(implementation: str | None, num_tokens: int) -> Callable[..., Any]:
@@ -160,7 +159,7 @@ def _choose(implementation: str | None, num_tokens: int) -> Callable[..., Any]:
     if implementation == "dense":
         return reference.dense
     if implementation == "blocked":
-        return reference.blocked
+        return blocked.blocked
     raise ValueError(
         f"Attention has no implementation {implementation!r}; known are 'dense' and"
         " 'blocked', and None chooses by the length of the row."

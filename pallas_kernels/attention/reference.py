@@ -1,26 +1,21 @@
-"""Attention in XLA: dense for short rows, by blocks for long ones.
+"""Attention in XLA with all scores of a row at once, and the arithmetic of a block.
 
 Arrays lie heads first, and the G = H / N query heads of a key head are one more
 dimension, so keys are never repeated and every product is of whole matrices:
 
     query [B, N, G, T, K] · key [B, N, S, K] -> scores [B, N, G, T, S]
 
-Both forms keep only their inputs, the output and the logarithm of each query's sum for
-the backward pass, which computes the weights anew (Dao et al. 2022,
-https://arxiv.org/abs/2205.14135, appendix B.2). `blocked` maps over blocks of queries
-and scans over blocks of keys with a running maximum and sum, so no array of T x S
-exists, forward or backward.
+The backward pass keeps only inputs, the output and the logarithm of each query's sum,
+and computes the weights anew (Dao et al. 2022, https://arxiv.org/abs/2205.14135,
+appendix B.2).
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-
-QUERY_BLOCK = 256
-KEY_BLOCK = 512
 
 # Added to the scores of keys out of sight: finite, so that nothing is ever NaN, and so
 # low that a float32 score added to it is lost. A query that sees nothing in the first
@@ -62,31 +57,36 @@ class Visibility(NamedTuple):
         return bias_BTS[:, None, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dense(
     form: Form,
-    query: Float[Array, "B N G T K"],
+    query: Float[Array, "B T N G K"],
     key: Float[Array, "B N S K"],
     value: Float[Array, "B N S K"],
     visibility: Visibility,
     scale: Float[Array, ""],
-) -> Float[Array, "B N G T K"]:
+) -> Float[Array, "B T N G K"]:
     """Attend with all scores of a row at once; `scale` is a constant to gradients."""
+    out: Any = _dense(form, heads_first(query), key, value, visibility, scale)
+    return tokens_first(out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense(form: Form, query, key, value, visibility, scale):
     return _dense_forward(form, query, key, value, visibility, scale)[0]
 
 
 def _dense_forward(form: Form, query, key, value, visibility, scale):
     bias = visibility.bias(form.causal)
-    state = _add_keys(form, _nothing_seen(query), query, key, value, bias, scale)
-    out, log_total = _finish(state, query.dtype)
+    state = add_keys(form, nothing_seen(query), query, key, value, bias, scale)
+    out, log_total = finish(state, query.dtype)
     return out, (query, key, value, visibility, scale, out, log_total)
 
 
 def _dense_backward(form: Form, saved, out_bar):
     query, key, value, visibility, scale, out, log_total = saved
-    rows = (log_total, _weighted(out, out_bar), out_bar)
+    rows = (log_total, weighted(out, out_bar), out_bar)
     bias = visibility.bias(form.causal)
-    bars = _gradients(form, query, key, value, bias, scale, *rows)
+    bars = gradients(form, query, key, value, bias, scale, *rows)
     query_bar, key_bar, value_bar = bars
     return (
         query_bar.astype(query.dtype),
@@ -97,118 +97,17 @@ def _dense_backward(form: Form, saved, out_bar):
     )
 
 
-dense.defvjp(_dense_forward, _dense_backward)
+_dense.defvjp(_dense_forward, _dense_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def blocked(
-    form: Form,
-    query: Float[Array, "B N G T K"],
-    key: Float[Array, "B N S K"],
-    value: Float[Array, "B N S K"],
-    visibility: Visibility,
-    scale: Float[Array, ""],
-) -> Float[Array, "B N G T K"]:
-    """Attend block by block; equal to `dense` up to rounding.
-
-    Blocks that no query sees, by their places, are skipped.
-    """
-    return _blocked_forward(form, query, key, value, visibility, scale)[0]
+def heads_first(x: Float[Array, "B T N G K"]) -> Float[Array, "B N G T K"]:
+    """Bring the tokens of a head together."""
+    return jnp.transpose(x, (0, 2, 3, 1, 4))
 
 
-def _blocked_forward(form: Form, query, key, value, visibility, scale):
-    keys = _key_blocks(key, value, visibility)
-
-    def attend(block: tuple) -> tuple[Array, Array]:
-        query, segments, places, in_sight = block
-
-        def step(state: State, block: tuple) -> tuple[State, None]:
-            (key, value, key_segments, key_places), is_seen = block
-
-            def meet(state: State) -> State:
-                sight = Visibility(
-                    segments, key_segments, places, key_places, visibility.window
-                )
-                bias = sight.bias(form.causal)
-                return _add_keys(form, state, query, key, value, bias, scale)
-
-            return jax.lax.cond(is_seen, meet, lambda state: state, state), None
-
-        state, _ = jax.lax.scan(step, _nothing_seen(query), (keys, in_sight))
-        return _finish(state, query.dtype)
-
-    queries = (*_query_blocks(query, visibility), _in_sight(form, visibility))
-    out, log_total = jax.lax.map(attend, queries)
-    out = _joined(out, 3, query.shape[3])
-    log_total = _joined(log_total, 3, query.shape[3])
-    return out, (query, key, value, visibility, scale, out, log_total)
-
-
-def _blocked_backward(form: Form, saved, out_bar):
-    query, key, value, visibility, scale, out, log_total = saved
-    rows = (log_total, _weighted(out, out_bar), out_bar)
-    queries = (
-        *_query_blocks(query, visibility),
-        _in_sight(form, visibility),
-        *(_split(x, 3, QUERY_BLOCK) for x in rows),
-    )
-    keys = _key_blocks(key, value, visibility)
-
-    def query_step(key_bars: tuple[Array, Array], block: tuple):
-        query, segments, places, in_sight, *rows = block
-
-        def key_step(query_bar: Array, block: tuple):
-            (key, value, key_segments, key_places), key_bars, is_seen = block
-
-            def add(bars: tuple) -> tuple:
-                sight = Visibility(
-                    segments, key_segments, places, key_places, visibility.window
-                )
-                bias = sight.bias(form.causal)
-                more = _gradients(form, query, key, value, bias, scale, *rows)
-                return tuple(x + y for x, y in zip(bars, more, strict=True))
-
-            bars = (query_bar, *key_bars)
-            query_bar, *key_bars = jax.lax.cond(is_seen, add, lambda bars: bars, bars)
-            return query_bar, tuple(key_bars)
-
-        query_bar = jnp.zeros(query.shape, jnp.float32)
-        query_bar, key_bars = jax.lax.scan(
-            key_step, query_bar, (keys, key_bars, in_sight)
-        )
-        return key_bars, query_bar
-
-    zeros = jnp.zeros(keys[0].shape, jnp.float32)
-    key_bars, query_bar = jax.lax.scan(query_step, (zeros, zeros), queries)
-    return (
-        _joined(query_bar, 3, query.shape[3]).astype(query.dtype),
-        _joined(key_bars[0], 2, key.shape[2]).astype(key.dtype),
-        _joined(key_bars[1], 2, value.shape[2]).astype(value.dtype),
-        None,
-        None,
-    )
-
-
-blocked.defvjp(_blocked_forward, _blocked_backward)
-
-
-def _in_sight(form: Form, visibility: Visibility) -> Array:
-    """Tell for each block of queries and of keys if places allow any sight: [I, J].
-
-    From places alone: they are the same on all devices that share the rows, while
-    segments would have to be compared across them.
-    """
-    places_IQ = _split(visibility.query_places, 0, QUERY_BLOCK, mode="edge")
-    places_JK = _split(visibility.key_places, 0, KEY_BLOCK, mode="edge")
-    seen_IJ = jnp.ones((len(places_IQ), len(places_JK)), bool)
-    if form.causal:
-        first_J, last_I = places_JK.min(axis=1), places_IQ.max(axis=1)
-        seen_IJ = seen_IJ & (last_I[:, None] >= first_J[None, :])
-    if visibility.window is not None:
-        first_I, last_J = places_IQ.min(axis=1), places_JK.max(axis=1)
-        near_IJ = first_I[:, None] - last_J[None, :] < visibility.window
-        seen_IJ = seen_IJ & near_IJ
-    return seen_IJ
+def tokens_first(x: Float[Array, "B N G T K"]) -> Float[Array, "B T N G K"]:
+    """Undo `heads_first`."""
+    return jnp.transpose(x, (0, 3, 1, 2, 4))
 
 
 class State(NamedTuple):
@@ -219,7 +118,8 @@ class State(NamedTuple):
     weighted: Float[Array, "B N G T K"]  # Sum of exp(score - maximum) x value.
 
 
-def _nothing_seen(query: Array) -> State:
+def nothing_seen(query: Float[Array, "B N G T K"]) -> State:
+    """Return the state of queries before the first key."""
     column = (*query.shape[:4], 1)
     return State(
         maximum=jnp.full(column, OUT_OF_SIGHT, jnp.float32),
@@ -247,7 +147,7 @@ def _times(x: Array, y: Array, equation: str) -> Array:
     return product.reshape(*x.shape[:2], *groups, -1)
 
 
-def _add_keys(
+def add_keys(
     form: Form,
     state: State,
     query: Array,
@@ -269,19 +169,19 @@ def _add_keys(
     )
 
 
-def _finish(state: State, dtype: jnp.dtype) -> tuple[Array, Array]:
+def finish(state: State, dtype: jnp.dtype) -> tuple[Array, Array]:
     """Return the output and the logarithm of the sum of exp(score)."""
     out = (state.weighted / state.total).astype(dtype)
     return out, state.maximum + jnp.log(state.total)
 
 
-def _weighted(out: Array, out_bar: Array) -> Array:
-    """Return sum_s weight_s x the cotangent of weight_s, float32 [B, N, G, T, 1]."""
+def weighted(out: Array, out_bar: Array) -> Array:
+    """Return sum_s weight_s x the cotangent of weight_s: float32, one per query."""
     product = out.astype(jnp.float32) * out_bar.astype(jnp.float32)
     return product.sum(axis=-1, keepdims=True)
 
 
-def _gradients(
+def gradients(
     form: Form,
     query: Array,
     key: Array,
@@ -326,43 +226,3 @@ def _transposed_times(matrix: Array, x: Array) -> Array:
         preferred_element_type=jnp.float32,
     )
     return jnp.swapaxes(jax.lax.optimization_barrier(product_BNKS), 2, 3)
-
-
-def _query_blocks(query: Array, visibility: Visibility) -> tuple[Array, ...]:
-    return (
-        _split(query, 3, QUERY_BLOCK),
-        _split(visibility.query_segments, 1, QUERY_BLOCK, padding=-2),
-        _split(visibility.query_places, 0, QUERY_BLOCK),
-    )
-
-
-def _key_blocks(key: Array, value: Array, visibility: Visibility) -> tuple[Array, ...]:
-    return (
-        _split(key, 2, KEY_BLOCK),
-        _split(value, 2, KEY_BLOCK),
-        _split(visibility.key_segments, 1, KEY_BLOCK, padding=-1),
-        _split(visibility.key_places, 0, KEY_BLOCK),
-    )
-
-
-def _split(
-    x: Array, axis: int, size: int, padding: int = 0, mode: str = "constant"
-) -> Array:
-    """Split an axis into padded blocks, which become the first axis.
-
-    Padding of queries and of keys is in segments of its own: -2 and -1.
-    """
-    count = -(-x.shape[axis] // size)
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, count * size - x.shape[axis])
-    options = {"constant_values": padding} if mode == "constant" else {}
-    padded = jnp.pad(x, widths, mode=mode, **options)
-    shape = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
-    return jnp.moveaxis(padded.reshape(shape), axis, 0)
-
-
-def _joined(blocks: Array, axis: int, length: int) -> Array:
-    """Undo `_split`."""
-    x = jnp.moveaxis(blocks, 0, axis)
-    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-    return jax.lax.slice_in_dim(x, 0, length, axis=axis)

@@ -1,11 +1,19 @@
 """Attention: what is seen, and that both implementations compute it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import api, attention, cached_attention, reference
+from pallas_kernels.attention import (
+    api,
+    attention,
+    blocked,
+    cached_attention,
+    reference,
+)
 
 IMPLEMENTATIONS = ("dense", "blocked")
 
@@ -22,18 +30,56 @@ def draw_qkv(num_tokens, *, batch=2, heads=6, kv_heads=3, head_dim=10):
     )
 
 
-def plain_attention(query, key, value, visible):
-    """The definition: every query head with its own copy of its keys and values."""
+def plain_attention(query, key, value, visible, *, scale=None, soft_cap=None):
+    """The definition, in float64: every query head with its own keys and values."""
     copies = query.shape[2] // key.shape[2]
-    key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
-    scores = jnp.einsum("bthk,bshk->bhts", query, key) / query.shape[-1] ** 0.5
-    scores = jnp.where(visible[:, None], scores, -jnp.inf)
-    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, axis=-1), value)
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    key, value = (np.repeat(x, copies, axis=2) for x in (key, value))
+    scores = np.einsum("bthk,bshk->bhts", query, key)
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if soft_cap is not None:
+        scores = soft_cap * np.tanh(scores / soft_cap)
+    scores = np.where(np.asarray(visible)[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("bhts,bshk->bthk", weights, value)
 
 
-def packed_visibility(segment_ids, causal):
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return same & jnp.tri(segment_ids.shape[1], dtype=bool)[None] if causal else same
+def plain_gradients(query, key, value, visible, out_bar, *, scale=None, soft_cap=None):
+    """The chain rule through `plain_attention`, step by step, in float64."""
+    num_kv_heads, copies = key.shape[2], query.shape[2] // key.shape[2]
+    query, key, value, out_bar = (
+        np.asarray(x, np.float64) for x in (query, key, value, out_bar)
+    )
+    key, value = (np.repeat(x, copies, axis=2) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = np.einsum("bthk,bshk->bhts", query, key) * scale
+    slope = np.ones_like(scores)
+    if soft_cap is not None:
+        slope = 1 / np.cosh(scores / soft_cap) ** 2
+        scores = soft_cap * np.tanh(scores / soft_cap)
+    scores = np.where(np.asarray(visible)[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    weights_bar = np.einsum("bthk,bshk->bhts", out_bar, value)
+    mean = (weights * weights_bar).sum(axis=-1, keepdims=True)
+    scores_bar = weights * (weights_bar - mean) * slope * scale
+    fold = lambda x: x.reshape(*x.shape[:2], num_kv_heads, copies, -1).sum(axis=3)
+    return (
+        np.einsum("bhts,bshk->bthk", scores_bar, key),
+        fold(np.einsum("bhts,bthk->bshk", scores_bar, query)),
+        fold(np.einsum("bhts,bthk->bshk", weights, out_bar)),
+    )
+
+
+def packed_visibility(segment_ids, causal, window=None):
+    segment_ids = np.asarray(segment_ids)
+    visible = segment_ids[:, :, None] == segment_ids[:, None, :]
+    place = np.arange(segment_ids.shape[1])
+    distance = place[:, None] - place
+    if causal:
+        visible = visible & (distance >= 0)
+    return visible if window is None else visible & (distance < window)
 
 
 def packed_segments(num_tokens):
@@ -72,37 +118,127 @@ def test_two_keys_are_weighted_by_the_softmax_of_their_scores(implementation):
 
 
 # 40 tokens are one padded block; 600 are three blocks of queries, two of keys.
-@pytest.mark.parametrize("num_tokens", (40, 600))
-@pytest.mark.parametrize("causal", (True, False))
+# Windows are shorter than the segments; keys have 1, 2, 3 and 8 queries.
+CASES = [
+    {"num_tokens": 40, "causal": False},
+    {"num_tokens": 600, "window": 50, "heads": 3, "kv_heads": 1},
+    {"num_tokens": 600, "window": 300, "soft_cap": 0.5},
+]
+MORE_CASES = [
+    {"num_tokens": 40},
+    {"num_tokens": 600},
+    {"num_tokens": 600, "causal": False},
+    {"num_tokens": 600, "window": 7, "causal": False, "heads": 2, "kv_heads": 2},
+    {"num_tokens": 600, "soft_cap": 1.5, "scale": 0.7, "heads": 8, "kv_heads": 1},
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)],
+    ids=str,
+)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_output_and_gradients_are_those_of_the_definition(
-    implementation, causal, num_tokens
-):
-    qkv = draw_qkv(num_tokens)
-    segment_ids = packed_segments(num_tokens)
-    weights = draw(3, *qkv[0].shape)
+def test_output_and_gradients_are_those_of_the_definition(implementation, case):
+    case = dict(case)
+    num_tokens, causal = case.pop("num_tokens"), case.pop("causal", True)
+    heads = {key: case.pop(key) for key in ("heads", "kv_heads") if key in case}
+    qkv = draw_qkv(num_tokens, **heads)
+    segment_ids, out_bar = packed_segments(num_tokens), draw(3, *qkv[0].shape)
 
-    def by_definition(query, key, value):
-        visible = packed_visibility(segment_ids, causal)
-        out = plain_attention(query, key, value, visible)
-        return jnp.vdot(out, weights), out
-
-    def by_implementation(query, key, value):
-        out = attention(
-            query,
-            key,
-            value,
+    @jax.jit
+    def both(qkv, out_bar):
+        call = functools.partial(
+            attention,
             segment_ids=segment_ids,
             causal=causal,
             implementation=implementation,
+            **case,
         )
-        return jnp.vdot(out, weights), out
+        out, transposed = jax.vjp(call, *qkv)
+        return out, transposed(out_bar)
 
-    gradients = []
-    for function in (by_definition, by_implementation):
-        both = jax.jit(jax.grad(function, argnums=(0, 1, 2), has_aux=True))(*qkv)
-        gradients.append(both)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *gradients)
+    out, gradients = both(qkv, out_bar)
+    visible = packed_visibility(segment_ids, causal, case.pop("window", None))
+    expected = plain_attention(*qkv, visible, **case)
+    np.testing.assert_allclose(out, expected, atol=3e-6)
+    expected = plain_gradients(*qkv, visible, out_bar, **case)
+    for x, y in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_the_chain_rule_of_these_tests_is_the_slope_of_their_definition():
+    qkv, out_bar = draw_qkv(5), draw(3, 2, 5, 6, 10)
+    visible = packed_visibility(packed_segments(5), True, 3)
+    options = {"soft_cap": 1.5, "scale": 0.7}
+    gradients = plain_gradients(*qkv, visible, out_bar, **options)
+    for place in range(3):
+        step = 1e-4 * np.asarray(draw(4 + place, *qkv[place].shape), np.float64)
+        ends = []
+        for sign in (1, -1):
+            moved = [np.asarray(x, np.float64) for x in qkv]
+            moved[place] = moved[place] + sign * step
+            out = plain_attention(*moved, visible, **options)
+            ends.append(np.vdot(out, np.asarray(out_bar, np.float64)))
+        slope = np.vdot(gradients[place], step)
+        np.testing.assert_allclose((ends[0] - ends[1]) / 2, slope, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_window_and_scale_may_differ_by_the_layer_of_a_scan(implementation):
+    query, key, value = draw_qkv(600, batch=1)
+    segment_ids = packed_segments(600)[:1]
+    call = functools.partial(
+        attention, segment_ids=segment_ids, implementation=implementation
+    )
+
+    def total(query, key, value):
+        def layer(_, of_layer):
+            window, scale = of_layer
+            return None, call(query, key, value, window=window, scale=scale)
+
+        of_layers = (jnp.asarray([3, 400]), jnp.asarray([0.2, 0.5]))
+        _, outs = jax.lax.scan(layer, None, of_layers)
+        return outs.sum(), outs
+
+    gradients, outs = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(
+        query, key, value
+    )
+    ones, expected = np.ones_like(query), []
+    for window, scale, out in zip((3, 400), (0.2, 0.5), outs, strict=True):
+        visible = packed_visibility(segment_ids, True, window)
+        plain = plain_attention(query, key, value, visible, scale=scale)
+        np.testing.assert_allclose(out, plain, atol=3e-6)
+        expected.append(plain_gradients(query, key, value, visible, ones, scale=scale))
+    for x, y in zip(gradients, map(sum, zip(*expected, strict=True)), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+def test_blocks_out_of_sight_are_not_read():
+    # A block that is skipped may hold anything: here NaN, at keys that are too late
+    # or left of the window for each of the queries that are looked at.
+    num_tokens, window = 2048, 100
+    query, key, value = draw_qkv(num_tokens, batch=1, heads=1, kv_heads=1, head_dim=4)
+    looked_at = slice(1536, 1792)  # A block of queries; it sees keys 1437 to 1791.
+    key, value = (x.at[:, :1024].set(jnp.nan) for x in (key, value))
+    segment_ids = jnp.ones((1, num_tokens), jnp.int32)
+    out = attention(
+        query,
+        key,
+        value,
+        segment_ids=segment_ids,
+        window=window,
+        implementation="blocked",
+    )
+    assert np.isfinite(out[:, looked_at]).all()
+    assert np.isnan(out[:, :1024]).all()
+    query, key, value = draw_qkv(num_tokens, batch=1, heads=1, kv_heads=1, head_dim=4)
+    key, value = (x.at[:, 512:].set(jnp.nan) for x in (key, value))
+    out = attention(
+        query, key, value, segment_ids=segment_ids, implementation="blocked"
+    )
+    assert np.isfinite(out[:, :512]).all()
+    assert np.isnan(out[:, 512:]).all()
 
 
 def test_bfloat16_is_within_its_rounding_of_float32():
@@ -157,6 +293,29 @@ def test_cached_attention_sees_from_the_first_slot_to_its_own(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_window_of_cached_attention_counts_slots(implementation):
+    # The token at slot 5 sees slots 3, 4 and 5, of which sequence 1 has 4 and 5.
+    keys, values = draw(1, 2, 3, 700, 10), draw(2, 2, 3, 700, 10)
+    query = draw(0, 2, 1, 6, 10)
+    options = {"soft_cap": 0.8, "scale": 0.4}
+    out = cached_attention(
+        query,
+        keys,
+        values,
+        start=jnp.int32(5),
+        first_slot=jnp.asarray([0, 4]),
+        window=jnp.int32(3),
+        implementation=implementation,
+        **options,
+    )
+    slot = np.arange(700)
+    visible = np.stack([(slot >= 3) & (slot <= 5), (slot >= 4) & (slot <= 5)])[:, None]
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (keys, values))
+    expected = plain_attention(query, key, value, visible, **options)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_queries_before_the_first_slot_are_finite(implementation):
     query = draw(0, 1, 4, 2, 10)
     keys = draw(1, 1, 2, 6, 10)
@@ -184,7 +343,7 @@ def test_a_cache_of_another_dtype_is_read_in_that_of_the_query():
 
 def test_long_rows_are_blocked_and_short_ones_dense():
     assert api._choose(None, api.LONGEST_DENSE_ROW) is reference.dense
-    assert api._choose(None, api.LONGEST_DENSE_ROW + 1) is reference.blocked
+    assert api._choose(None, api.LONGEST_DENSE_ROW + 1) is blocked.blocked
 
 
 def test_unknown_implementation_is_refused_by_name():
@@ -203,3 +362,14 @@ def test_query_heads_that_do_not_split_are_refused():
     query, key, value = draw_qkv(4, heads=4, kv_heads=3)
     with pytest.raises(ValueError, match="4 query heads do not split over 3"):
         attention(query, key, value, segment_ids=jnp.ones((2, 4), jnp.int32))
+
+
+def test_windows_and_caps_that_leave_nothing_are_refused():
+    query, key, value = draw_qkv(4)
+    call = functools.partial(
+        attention, query, key, value, segment_ids=jnp.ones((2, 4), jnp.int32)
+    )
+    with pytest.raises(ValueError, match="window is 0 tokens; it must be at least 1"):
+        call(window=0)
+    with pytest.raises(ValueError, match=r"soft cap is 0\.0; it must be positive"):
+        call(soft_cap=0.0)
