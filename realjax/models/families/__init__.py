@@ -1,24 +1,67 @@
 """Model families: what their checkpoints call things, and their published sizes.
 
-A family is a module with `read_config`, `write_config`, `stored_tensors`, `size` and
-`IGNORED_TENSORS`; the name of the module is the `model_type` of its configs.
+A family is a module with
+
+    read_config(fields) -> ModelConfig      fields of a parsed config.json
+    write_config(config) -> fields          and back
+    stored_tensors(config)                  the parameter tree of `Stored`s
+    size(name) -> ModelConfig               published sizes
+    IGNORED_TENSORS                         ends of names that files may have beside
+
+The name of a module here is the `model_type` of its configs. A family of your own is a
+module anywhere; `ModelConfig.family` is then its dotted name, "my_package.my_family".
 """
 
 import importlib
+import importlib.util
 import pkgutil
 from types import ModuleType
 
+NEEDED = ("read_config", "write_config", "stored_tensors", "size", "IGNORED_TENSORS")
 
-def family(name: str) -> ModuleType:
-    """Import the module of a family.
+
+def names() -> list[str]:
+    """Return the names of the families in this package."""
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in modules if not name.startswith("_"))
+
+
+def family(name: str | ModuleType) -> ModuleType:
+    """Return the module of a family.
+
+    Args:
+        name: of one in this package; the dotted name of another one; or the module
+            itself.
 
     Raises:
-        ValueError: if there is no such family; the message lists those there are.
+        ValueError: if there is no such family (the message lists those there are), or
+            if the module lacks something.
     """
-    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    if name not in known:
+    module = name if isinstance(name, ModuleType) else _import(name)
+    missing = [needed for needed in NEEDED if not hasattr(module, needed)]
+    if missing:
+        raise ValueError(
+            f"The module {module.__name__!r} is no model family: it lacks"
+            f" {', '.join(missing)}. A family defines {', '.join(NEEDED)}, as"
+            " realjax/models/families/llama.py does."
+        )
+    return module
+
+
+def _import(name: str) -> ModuleType:
+    if name in names():
+        return importlib.import_module(f"{__name__}.{name}")
+    is_dotted = all(part.isidentifier() for part in name.split(".")) and "." in name
+    if not is_dotted:
         raise ValueError(
             f"Models of type {name!r} are not supported. Known families are:"
-            f" {', '.join(known)}."
+            f" {', '.join(names())}. One of your own is given by the dotted name of its"
+            " module."
         )
-    return importlib.import_module(f"{__name__}.{name}")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"There is no module {name!r} for the model's family ({error}). It must be"
+            " importable from where the program runs."
+        ) from error
