@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 # Added to the scores of keys out of sight: finite, so that nothing is ever NaN, and so
@@ -128,7 +129,7 @@ def nothing_seen(query: Float[Array, "B N G T K"]) -> State:
     )
 
 
-def _scores(form: Form, query: Array, key: Array, scale: Array) -> Array:
+def _scores(form: Form, query: Array, key: Array, scale: ArrayLike) -> Array:
     """Return scale x query · key, softly capped, float32 [B, N, G, T, S]."""
     scores = _times(query, key, "bnik,bnjk->bnij") * scale
     if form.soft_cap is None:
@@ -154,7 +155,7 @@ def add_keys(
     key: Array,
     value: Array,
     bias: Array,
-    scale: Array,
+    scale: ArrayLike,
 ) -> State:
     """Meet some more keys and values."""
     scores = _scores(form, query, key, scale) + bias
@@ -187,7 +188,7 @@ def gradients(
     key: Array,
     value: Array,
     bias: Array,
-    scale: Array,
+    scale: ArrayLike,
     log_total: Array,
     weighted: Array,
     out_bar: Array,
