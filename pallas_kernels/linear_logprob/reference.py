@@ -21,15 +21,27 @@ def linear_logprob(
     *,
     temperature: float = 1.0,
     kept: Kept | None = None,
+    soft_cap: float | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
     """Score one target per row, and measure the entropy of its distribution.
+
+    Args:
+        hidden: one vector per token.
+        kernel: of the linear layer.
+        targets: token ids to score.
+        temperature: the logits are divided by it, after the cap.
+        kept: the tokens each distribution is restricted to.
+        soft_cap: logits become cap · tanh(logits / cap).
+        vocab_size: columns of the kernel past it are padding; None has none.
 
     Returns:
         Log-probabilities and entropies, float32, in nats. Both are those of the
         distribution restricted to the kept ids and renormalised; the log-probability of
         a target outside its set is -inf.
     """
-    logits = scaled_logits(project(hidden, kernel), temperature)
+    logits = project(hidden, kernel[:, :vocab_size])
+    logits = scaled_logits(logits, temperature, soft_cap=soft_cap)
     logprobs = jax.nn.log_softmax(kept_logits(logits, kept), axis=-1)
     # 0 log 0 = 0, and its gradient too.
     finite = jnp.where(logprobs == -jnp.inf, 0.0, logprobs)
@@ -45,11 +57,23 @@ def project(
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
 
-def scaled_logits(
-    logits: Float[Array, "*dims V"], temperature: float
+def capped_logits(
+    logits: Float[Array, "*dims V"], soft_cap: float | None
 ) -> Float[Array, "*dims V"]:
-    """Divide float32 logits by the temperature."""
-    logits = logits.astype(jnp.float32)
+    """Bound logits smoothly: cap · tanh(logits / cap), as Gemma 2 does."""
+    if soft_cap is None:
+        return logits
+    return soft_cap * jnp.tanh(logits * (1.0 / soft_cap))
+
+
+def scaled_logits(
+    logits: Float[Array, "*dims V"],
+    temperature: float,
+    *,
+    soft_cap: float | None = None,
+) -> Float[Array, "*dims V"]:
+    """Cap float32 logits, then divide them by the temperature."""
+    logits = capped_logits(logits.astype(jnp.float32), soft_cap)
     return logits if temperature == 1.0 else logits * (1.0 / temperature)
 
 
@@ -69,28 +93,61 @@ def is_kept(kept: Kept, vocab_size: int) -> Bool[Array, "*dims V"]:
     elif kept.dtype == jnp.int32:
         mask, is_empty = _scatter(kept, vocab_size), jnp.all(kept < 0, axis=-1)
     else:
-        raise TypeError(
-            f"A set of kept tokens has type {kept.dtype}; it must be int32 (ids padded"
-            " with -1) or uint32 (one bit per token)."
-        )
+        raise _wrong_type(kept)
     return mask | is_empty[..., None]
 
 
-def _unpack(bits: UInt[Array, "*dims W"], vocab_size: int) -> Bool[Array, "*dims V"]:
+def _wrong_type(kept: Kept) -> TypeError:
+    return TypeError(
+        f"A set of kept tokens has type {kept.dtype}; it must be int32 (ids padded"
+        " with -1) or uint32 (one bit per token)."
+    )
+
+
+def _check_words(bits: UInt[Array, "*dims W"], vocab_size: int) -> None:
     if bits.shape[-1] != -(-vocab_size // 32):
         raise ValueError(
             f"{bits.shape[-1]} words of 32 bits do not fit a vocabulary of"
             f" {vocab_size}: it takes {-(-vocab_size // 32)}."
         )
+
+
+def _unpack(bits: UInt[Array, "*dims W"], vocab_size: int) -> Bool[Array, "*dims V"]:
+    _check_words(bits, vocab_size)
     lanes = jnp.left_shift(jnp.uint32(1), jnp.arange(32, dtype=jnp.uint32))
     words = bits[..., None]
     mask = (words & lanes.reshape((1,) * bits.ndim + (32,))) != 0
     return mask.reshape(*bits.shape[:-1], -1)[..., :vocab_size]
 
 
+def is_kept_between(
+    kept: Kept, first: Int[Array, ""] | int, width: int, vocab_size: int
+) -> Bool[Array, "*dims W"]:
+    """Return `is_kept` of the columns first to first + width alone.
+
+    Args:
+        kept: the sets.
+        first: id of the first column; may be traced.
+        width: number of columns; those past the vocabulary are not kept.
+        vocab_size: of the whole.
+    """
+    columns = first + jnp.arange(width, dtype=jnp.int32)
+    per_row = columns.reshape((1,) * (kept.ndim - 1) + (width,))
+    if kept.dtype == jnp.uint32:
+        _check_words(kept, vocab_size)
+        words = jnp.take(kept, columns >> 5, axis=-1, mode="clip")
+        mask = (words >> (per_row & 31).astype(jnp.uint32)) & 1 != 0
+        is_empty = jnp.all(kept == 0, axis=-1)
+    elif kept.dtype == jnp.int32:
+        mask, is_empty = _scatter(kept - first, width), jnp.all(kept < 0, axis=-1)
+    else:
+        raise _wrong_type(kept)
+    return (mask | is_empty[..., None]) & (per_row < vocab_size)
+
+
 def _scatter(ids: Int[Array, "*dims C"], vocab_size: int) -> Bool[Array, "*dims V"]:
     # Out of range, and dropped, where there is no id: -1 would be the last token.
-    ids = jnp.where(ids < 0, vocab_size, ids)
+    ids = jnp.where((ids < 0) | (ids > vocab_size), vocab_size, ids)
     none = jnp.zeros((vocab_size,), bool)
     mark = jax.vmap(lambda row: none.at[row].set(True, mode="drop"))
     return mark(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape[:-1], vocab_size)

@@ -5,8 +5,8 @@
     report = compile_for(topology, step, *arguments)      # ShapeDtypeStructs
     report.temporary_bytes, report.collectives
 
-XLA's compiler for CUDA runs without a driver when it is told what the GPU is (`specs/`).
-It comes as a plugin of JAX in four wheels, `requirements/aot.lock`.
+XLA's compiler for CUDA runs without a driver when it is told what the GPU is, as in
+`specs/`. It comes as a plugin of JAX in four wheels, `requirements/aot.lock`.
 
 Things that are easy to get wrong:
 
@@ -92,7 +92,7 @@ class Report:
     arrays: tuple[Array, ...]
 
     def count(self, *, is_looped: bool | None = None) -> dict[str, int]:
-        """Instructions by kind of collective; those in loops alone, or those outside."""
+        """Instructions by kind of collective: in loops, outside of them, or both."""
         counts: dict[str, int] = {}
         for found in self.collectives:
             if is_looped is None or found.is_looped == is_looped:
@@ -225,6 +225,7 @@ def compile_for(
         compiled = lowered.compile()
         seconds = time.monotonic() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None  # The compiler for CUDA has both.
     return Report(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,

@@ -192,7 +192,7 @@ def _arrays(type_text: str) -> list[tuple[str, int]]:
 
 
 def _result(type_text: str, operation: str) -> tuple[str, int]:
-    """What a collective gives: of a started one, the later half of (inputs, results)."""
+    """What a collective gives; a started one lists (inputs, results)."""
     arrays = _arrays(type_text)
     if operation in ("all-gather-start", "collective-permute-start"):
         arrays = [a for a in arrays if not a[0].endswith("[]")]
