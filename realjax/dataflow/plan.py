@@ -47,7 +47,7 @@ class ExecutionPlan:
             row_length: tokens of a row.
         """
         plan = self.calls[name]
-        shards = plan.allocation.data * plan.allocation.fsdp
+        shards = plan.allocation.num_row_shards
         rows = plan.rows or max(1, self.microbatch_tokens // row_length)
         return math.ceil(min(rows, max_rows) / shards) * shards
 
@@ -125,7 +125,11 @@ def make_plan(
         _check_devices(name, place, num_devices)
         places[name] = CallPlan(allocation=place, rows=rows.get(name, 0))
         if isinstance(function, Generate) and place.stage > 1:
-            raise ValueError(f"Call {name!r} generates and cannot run over stages.")
+            raise ValueError(
+                f"Call {name!r} generates, and its allocation {place} has {place.stage}"
+                " stages. A stage would wait for the others at every token: give a call"
+                " that generates data, fsdp, tensor or expert instead."
+            )
     ordered = {name: places[name] for name in graph.order() if name in places}
     return ExecutionPlan(
         graph=graph, calls=ordered, microbatch_tokens=microbatch_tokens

@@ -25,7 +25,6 @@ from realjax.functions.function import Generate
 from realjax.functions.packed import ModelProgram
 from realjax.models import cache as cache_lib
 from realjax.models import heads, transformer
-from realjax.models.axes import CACHE
 from realjax.parallel.sharding import rows_sharding
 from realjax.rl import sampling as sampling_lib
 
@@ -192,8 +191,8 @@ class GenerateProgram:
     def _empty_cache(self, batch: int, prompt_slots: int) -> cache_lib.Cache:
         limit = prompt_slots + self.spec.sampling.max_new_tokens
         program = self.program
-        cache = cache_lib.empty(program.config, batch, limit, jnp.dtype(program.dtype))
-        return jax.tree.map(lambda x: program.constrain(x, CACHE), cache)
+        dtype = jnp.dtype(program.dtype)
+        return cache_lib.empty(program.config, batch, limit, dtype, program.partition)
 
     def _extend(self, parameters, tokens, positions, cache, start, first_slot):
         program = self.program
@@ -206,14 +205,12 @@ class GenerateProgram:
             start=start,
             first_slot=first_slot,
             dtype=jnp.dtype(program.dtype),
-            constrain=program.constrain,
+            partition=program.partition,
         )
 
     def _logits(self, parameters, hidden):
-        logits = heads.logits(parameters, self.program.config, hidden)
-        # First cut as the head is: the logits are gathered, and not the head.
-        logits = self.program.constrain(logits, ("batch", "vocab"))
-        return self.program.constrain(logits, ("batch", None))
+        constrain = self.program.partition.constrain
+        return heads.logits(parameters, self.program.config, hidden, constrain)
 
     def _start(self, logits, cache, lengths) -> _Decoding:
         batch, vocab_size = logits.shape

@@ -6,11 +6,11 @@ from realjax.core.config import check_choice
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.packed import ModelProgram
 from realjax.models.config import ModelConfig
+from realjax.models.transformer import REMATS
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import make_mesh
-from realjax.parallel.sharding import constrain_for
+from realjax.parallel.partition import partition_for
 
-REMATS = ("none", "block", "dots")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -24,7 +24,7 @@ class RoleConfig:
         model: sizes of a new model, by the names of `ModelConfig` (the vocabulary's
             comes from the tokenizer).
         dtype: of matrix products; "" means bfloat16 on a GPU, float32 elsewhere.
-        remat: what the backward pass computes anew: "none", "block" or "dots".
+        remat: what the backward pass computes anew, one of `transformer.REMATS`.
         offload: whether a role that no call trains waits in host memory.
         optimizer: of a trained role.
     """
@@ -40,7 +40,7 @@ class RoleConfig:
     def __post_init__(self):
         """Refuses misspelt choices."""
         check_choice("dtype", self.dtype, ("", *DTYPES))
-        check_choice("remat", self.remat, REMATS)
+        check_choice("remat", self.remat, tuple(REMATS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,5 +70,6 @@ class Role:
             config=self.model,
             dtype=self.dtype,
             remat=self.config.remat,
-            constrain=constrain_for(mesh, options=allocation.options),
+            partition=partition_for(mesh, options=allocation.options),
+            options=allocation.options,
         )

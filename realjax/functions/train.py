@@ -16,7 +16,7 @@ import optax
 from realjax.core.arrays import Array, PyTree
 from realjax.data.packing import Packing
 from realjax.functions import optimizer as optimizer_lib
-from realjax.functions import packed
+from realjax.functions import packed, routers
 from realjax.functions.function import Train
 from realjax.models import transformer
 from realjax.parallel.sharding import parameter_shardings, replicated
@@ -54,20 +54,21 @@ class TrainProgram:
         self.schedule = optimizer_lib.learning_rate_schedule(config, num_updates)
         self.optimizer = optimizer_lib.make_optimizer(config, num_updates)
         axes = transformer.abstract_parameters(program.config)
-        shardings = parameter_shardings(axes, mesh)
         self._whole = replicated(mesh)
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32),
             axes,
             is_leaf=lambda node: hasattr(node, "axes"),
         )
+        # Gradients and moments lie as parameters do, and with zero1 are cut further.
+        self._cut = parameter_shardings(axes, mesh)
         self.shardings = TrainState(
-            shardings,
+            parameter_shardings(axes, mesh, options=program.options),
             optimizer_lib.state_shardings(
-                self.optimizer, abstract, shardings, self._whole
+                self.optimizer, abstract, self._cut, self._whole
             ),
         )
-        sums = (shardings, self._whole)
+        sums = (self._cut, self._whole)
         self._zeros = jax.jit(self._zero_sums, out_shardings=sums)
         # Without `out_shardings` XLA returns fsdp gradients replicated.
         self._accumulate = jax.jit(
@@ -78,7 +79,9 @@ class TrainProgram:
             donate_argnums=0,
             out_shardings=(self.shardings, self._whole),
         )
+        self._weigh = jax.jit(self._loss_weight, out_shardings=self._whole)
         self._no_measures = jax.jit(self._zero_means, out_shardings=self._whole)
+        self._finish = jax.jit(routers.finished, out_shardings=self._whole)
         self._measure = jax.jit(
             self._add_measures, donate_argnums=1, out_shardings=self._whole
         )
@@ -93,6 +96,7 @@ class TrainProgram:
         state: TrainState,
         batch: Mapping[str, Array],
         minibatches: Sequence[Sequence[Packing]],
+        key: Array | None = None,
     ) -> tuple[TrainState, list[dict[str, Mean]]]:
         """One optimizer step a minibatch.
 
@@ -100,24 +104,40 @@ class TrainProgram:
             state: consumed; use what is returned.
             batch: keys of `spec.reads` on this mesh.
             minibatches: microbatches of each minibatch.
+            key: of the jitter of routers; None is none.
 
         Returns:
             The new state, and for each minibatch its means, still on the device: the
             loss under "loss", the metrics of the loss function, "grad_norm" before
-            clipping, "learning_rate", "skipped" and "nonfinite" (0 or 1).
+            clipping, "learning_rate", "skipped" and "nonfinite" (0 or 1), and of a
+            mixture of experts "router/…".
         """
         reports = []
-        for microbatches in minibatches:
-            sums = self._zeros(
-                state.parameters, batch, packed.packing_arrays(microbatches[0])
-            )
-            for packing in microbatches:
-                sums = self._accumulate(
-                    state.parameters, sums, batch, packed.packing_arrays(packing)
-                )
+        for index, microbatches in enumerate(minibatches):
+            packings = [packed.packing_arrays(packing) for packing in microbatches]
+            router = self._router_inputs(batch, microbatches, packings, key, index)
+            sums = self._zeros(state.parameters, batch, packings[0])
+            for packing in packings:
+                sums = self._accumulate(state.parameters, sums, batch, packing, router)
             state, report = self._apply(state, sums)
             reports.append(report)
         return state, reports
+
+    def _router_inputs(
+        self, batch, microbatches, packings, key, index
+    ) -> routers.RouterInputs | None:
+        """What the routers of a mixture of experts need to know of a minibatch."""
+        moe = self.program.config.moe
+        if moe is None:
+            return None
+        scale = None
+        if moe.aux_loss_coef or moe.z_loss_coef:
+            num_tokens = sum(packing.num_tokens for packing in microbatches)
+            weights = [self._weigh(batch, packing) for packing in packings]
+            scale = sum(weights) / np.float32(num_tokens)
+        has_noise = key is not None and moe.jitter
+        noise_key = jax.random.fold_in(key, index) if has_noise else None
+        return routers.RouterInputs(scale, noise_key)
 
     def evaluate(
         self,
@@ -132,9 +152,13 @@ class TrainProgram:
             measures = self._measure(
                 parameters, measures, batch, packed.packing_arrays(packing)
             )
-        return measures
+        return self._finish(measures)
 
-    def _losses(self, parameters, batch, packing) -> dict[str, Mean]:
+    def _losses(
+        self, parameters, batch, packing, router: routers.RouterInputs | None = None
+    ) -> tuple[dict[str, Mean], Any]:
+        """Means of a microbatch, and what routers add to the sum of its loss."""
+        config = self.program.config
         found = packed.forward(
             parameters,
             self.program,
@@ -142,29 +166,49 @@ class TrainProgram:
             packing,
             output=self.spec.output,
             temperature=self.spec.temperature,
+            noise_key=None if router is None else router.noise_key,
         )
+        loss, metrics = self._spec_loss(found, batch, packing)
+        if "router" not in found:
+            return {"loss": loss, **metrics}, 0.0
+        added = 0.0
+        if router is not None and router.scale is not None:
+            added = routers.added_loss(config, found["router"], router.scale)
+        metrics = metrics | routers.measures(config, found["router"])
+        return {"loss": loss, **metrics}, added
+
+    def _spec_loss(self, found, batch, packing) -> tuple[Mean, dict[str, Mean]]:
         sequences = packed.select_sequences(batch, packing)
         if "entropy" in found:
             sequences["entropy"] = found["entropy"]
-        loss, metrics = self.spec.loss(found[self.spec.output], sequences)
-        return {"loss": loss, **metrics}
+        return self.spec.loss(found[self.spec.output], sequences)
+
+    def _loss_weight(self, batch, packing) -> Array:
+        """The weight of a microbatch's loss, which no output of the model changes."""
+        shape = packing["places"].shape
+        zeros = jnp.zeros(shape[:1] if self.spec.output == "scores" else shape)
+        found = {self.spec.output: zeros}
+        if self.spec.output == "logprobs":
+            found["entropy"] = zeros
+        return self._spec_loss(found, batch, packing)[0].weight
 
     def _zero_sums(self, parameters, batch, packing):
         zeros = jax.tree.map(jnp.zeros_like, parameters)
         return zeros, self._zero_means(parameters, batch, packing)
 
     def _zero_means(self, parameters, batch, packing):
-        means = jax.eval_shape(self._losses, parameters, batch, packing)
+        means, _ = jax.eval_shape(self._losses, parameters, batch, packing)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), means)
 
-    def _add_gradients(self, parameters, sums, batch, packing):
+    def _add_gradients(self, parameters, sums, batch, packing, router=None):
         gradient_sum, mean_sums = sums
 
         def total(parameters):
-            means = self._losses(parameters, batch, packing)
-            return means["loss"].total, means
+            means, added = self._losses(parameters, batch, packing, router)
+            return means["loss"].total + added, means
 
         gradients, means = jax.grad(total, has_aux=True)(parameters)
+        gradients = jax.lax.with_sharding_constraint(gradients, self._cut)
         add = lambda a, b: a + b.astype(jnp.float32)
         return (
             jax.tree.map(add, gradient_sum, gradients),
@@ -172,11 +216,12 @@ class TrainProgram:
         )
 
     def _add_measures(self, parameters, measures, batch, packing):
-        found = self._losses(parameters, batch, packing)
+        found, _ = self._losses(parameters, batch, packing)
         return jax.tree.map(jnp.add, measures, found)
 
     def _apply_gradients(self, state: TrainState, sums):
         gradient_sum, means = sums
+        means = routers.finished(means)
         weight = means["loss"].weight
         gradients = jax.tree.map(
             lambda g: g / jnp.where(weight > 0, weight, 1.0), gradient_sum
@@ -191,6 +236,7 @@ class TrainProgram:
         updates, moments = self.optimizer.update(
             gradients, state.optimizer, state.parameters
         )
+        updates = jax.lax.with_sharding_constraint(updates, self._cut)
         new = TrainState(optax.apply_updates(state.parameters, updates), moments)
         kept = jax.tree.map(lambda old, new: jnp.where(skip, old, new), state, new)
         return kept, means | {

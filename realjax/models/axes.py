@@ -16,6 +16,7 @@ RESIDUAL: Axes = ("batch", "length", "embed_act")
 QUERY: Axes = ("batch", "length", "heads", "head_dim")
 KEY_VALUE: Axes = ("batch", "length", "kv_heads", "head_dim")
 MLP: Axes = ("batch", "length", "mlp")
+ROUTER: Axes = ("batch", "length", None)
 CACHE: Axes = ("layer", "batch", "kv_heads", "slots", "head_dim")
 
 

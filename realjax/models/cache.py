@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from realjax.core.arrays import Array, Float, Int
 from realjax.models.axes import CACHE, Axes
 from realjax.models.config import ModelConfig
+from realjax.models.partition import WHOLE, Partition
 
 
 class Cache(NamedTuple):
@@ -35,14 +36,26 @@ class Cache(NamedTuple):
 AXES: Axes = CACHE  # Of the keys and of the values.
 
 
-def empty(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
-    """Make a cache of zeros for `batch` sequences of up to `slots` tokens."""
-    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+def empty(
+    config: ModelConfig,
+    batch: int,
+    slots: int,
+    dtype: DTypeLike,
+    partition: Partition = WHOLE,
+) -> Cache:
+    """Make a cache of zeros for `batch` sequences of up to `slots` tokens.
+
+    It holds the key and value heads as often as the partition repeats them, so that it
+    can be cut where they are.
+    """
+    heads = partition.num_kv_heads(config.num_kv_heads)
+    shape = (config.num_layers, batch, heads, slots, config.head_dim)
+    zeros = lambda: partition.constrain(jnp.zeros(shape, dtype), CACHE)
+    return Cache(zeros(), zeros())
 
 
 def num_bytes(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> int:
-    """Count the bytes of `empty(config, batch, slots, dtype)`."""
+    """Count the bytes of `empty(config, batch, slots, dtype)`, over all devices."""
     elements = config.num_layers * batch * config.num_kv_heads * slots * config.head_dim
     return 2 * elements * jnp.dtype(dtype).itemsize
 

@@ -1,48 +1,62 @@
-"""The configuration of a model: sizes, rotary scaling, head."""
+"""The configuration of a model: sizes, positions, experts, head.
+
+One decoder serves every family: what they differ in is a field here, and a family's
+module says which fields its checkpoints need.
+"""
 
 import dataclasses
+import math
+from typing import Literal
+
+from realjax.core.config import check_choice
+from realjax.models.rope_scaling import RopeScaling
+
+__all__ = ["ACTIVATIONS", "MoEConfig", "ModelConfig", "RopeScaling"]
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+NORMS = ("rms", "gemma", "layer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How rotary frequencies are stretched to contexts longer than the pretraining's.
+class MoEConfig:
+    """A mixture of experts in the place of every feed-forward layer.
 
     Attributes:
-        kind: "linear" divides every frequency by `factor`; "llama3" divides only the
-            slow ones and blends in between (Llama 3.1, 3.2 and 3.3).
-        factor: how many times longer the context became.
-        low_frequency_factor: "llama3" only; frequencies with fewer than this many
-            turns in the original context are divided by `factor`.
-        high_frequency_factor: "llama3" only; frequencies with more than this many
-            turns in the original context stay as they are.
-        original_max_positions: "llama3" only; tokens of the original context.
+        num_experts: E.
+        top_k: experts that each token goes to.
+        is_normalized: the weights of a token's experts are divided by their sum.
+        aux_loss_coef: of the load-balancing loss, added to the loss in training.
+        z_loss_coef: of the mean squared log-normaliser of the router.
+        jitter: in training the router's input is multiplied by uniform noise from
+            1 - jitter to 1 + jitter.
+        capacity_factor: an expert takes at most this many times its even share of a
+            packed row's tokens, the rest is dropped; 0 drops nothing.
+        drop_policy: whom a full expert drops: "probs" the least probable, "position"
+            the last in the row.
     """
 
-    kind: str
-    factor: float
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_max_positions: int = 8192
+    num_experts: int
+    top_k: int
+    is_normalized: bool = True
+    aux_loss_coef: float = 0.0
+    z_loss_coef: float = 0.0
+    jitter: float = 0.0
+    capacity_factor: float = 0.0
+    drop_policy: str = "probs"
 
     def __post_init__(self):
-        """Refuse what rotary embeddings here cannot express."""
-        if self.kind not in ("linear", "llama3"):
+        """Check that the router has something to choose."""
+        check_choice("drop_policy", self.drop_policy, ("probs", "position"))
+        if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
-                f"Rotary scaling of kind {self.kind!r} is not supported. Known kinds"
-                " are 'linear' and 'llama3'."
+                f"top_k is {self.top_k} of {self.num_experts} experts; it must be from"
+                " 1 to their number."
             )
-        if self.factor < 1:
-            raise ValueError(
-                f"Rotary scaling has factor {self.factor}; it must be at least 1."
-            )
-        if self.kind == "llama3" and not (
-            self.low_frequency_factor < self.high_frequency_factor
-        ):
-            raise ValueError(
-                "Rotary scaling 'llama3' needs low_frequency_factor <"
-                f" high_frequency_factor, found {self.low_frequency_factor} and"
-                f" {self.high_frequency_factor}."
-            )
+        for name in ("aux_loss_coef", "z_loss_coef", "capacity_factor"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be >= 0.")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter is {self.jitter}; it must be in [0, 1).")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,24 +64,48 @@ class ModelConfig:
     """Everything that decides the parameter tree and the arithmetic of a model.
 
     Attributes:
-        family: the module of `realjax.models.families` that reads and writes it.
-        vocab_size: V, rows of the embedding.
+        family: the module of `realjax.models.families` that reads and writes it, or the
+            dotted name of a user's own module.
+        vocab_size: V, ids of the vocabulary.
         width: D, of the residual stream.
         num_layers: L.
         num_heads: H, query heads.
         num_kv_heads: N, key and value heads; divides `num_heads`.
         head_dim: K, width of one head; need not be `width / num_heads`.
-        mlp_width: F.
-        norm_epsilon: added to the mean square in every norm.
+        mlp_width: F, of a feed-forward layer, or of one expert.
+        norm: "rms"; "gemma", whose scale is 1 + its parameter; "layer" with a bias.
+        norm_epsilon: added to the mean square (or variance) in every norm.
+        activation: of the feed-forward layers, one of `ACTIVATIONS`.
+        is_gated: down(activation(gate) × up); otherwise down(activation(up)).
+        has_qkv_bias: query, key and value projections have biases.
+        has_output_bias: the projection that ends the attention has one.
+        has_mlp_bias: the projections of feed-forward layers have biases.
+        has_query_key_norm: queries and keys are normalised, head by head.
+        has_post_norms: also the output of attention and of the feed-forward layer is
+            normalised, before it joins the residual stream.
+        positions: "rotary", or "learned" vectors added to the embedding.
         rope_theta: base of the rotary wavelengths.
         rope_scaling: how they are stretched, if they are.
+        local_rope_theta: base in the layers with a window, unstretched; None: the same
+            as in the others.
+        window: a token sees so many tokens of its sequence, itself included; None: all.
+        windowed_layers: for each layer, whether the window is there; () means in all.
+        attention_scale: scores are multiplied by it; None is `head_dim ** -0.5`.
+        is_scaled_by_layer: they are also divided by the layer's number, from 1.
+        attention_soft_cap: c, scores become c tanh(score / c); None leaves them.
+        logit_soft_cap: the same of the logits of the language head.
+        is_embedding_scaled: the embedding is multiplied by sqrt(width).
+        moe: experts, if the model has them.
         tie_embeddings: the embedding is also the language head.
         head: "language" scores the vocabulary; "scalar" gives one number per token,
             for reward models and critics.
-        max_positions: tokens the model was made for; kept for export.
+        max_positions: tokens the model was made for; the rows of learned positions.
         bos_id: beginning-of-sequence id, kept for export.
         eos_ids: end-of-sequence ids, kept for export.
         pad_id: padding id, kept for export.
+        vocab_multiple: in memory the vocabulary is padded to a multiple of this, for
+            strategies whose parts it does not divide into.
+        layer_multiple: in memory the stack of layers is padded likewise.
     """
 
     family: str = "llama"
@@ -78,49 +116,137 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     mlp_width: int
+    norm: str = "rms"
     norm_epsilon: float = 1e-5
+    activation: str = "silu"
+    is_gated: bool = True
+    has_qkv_bias: bool = False
+    has_output_bias: bool = False
+    has_mlp_bias: bool = False
+    has_query_key_norm: bool = False
+    has_post_norms: bool = False
+    positions: str = "rotary"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None
+    window: int | None = None
+    windowed_layers: tuple[bool, ...] = ()
+    attention_scale: float | None = None
+    is_scaled_by_layer: bool = False
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    is_embedding_scaled: bool = False
+    moe: MoEConfig | None = None
     tie_embeddings: bool = False
-    head: str = "language"
+    head: Literal["language", "scalar"] | str = "language"
     max_positions: int = 2048
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    vocab_multiple: int = 1
+    layer_multiple: int = 1
 
     def __post_init__(self):
         """Check that the sizes fit each other."""
         for name in (
             *("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads"),
             *("head_dim", "mlp_width", "max_positions"),
+            *("vocab_multiple", "layer_multiple"),
         ):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; it must be at least 1."
                 )
+        check_choice("head", self.head, ("language", "scalar"))
+        check_choice("norm", self.norm, NORMS)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("positions", self.positions, ("rotary", "learned"))
+        self._check_heads()
+        self._check_windows()
+        if self.moe is not None and (self.has_mlp_bias or not self.is_gated):
+            raise ValueError(
+                "Experts here are gated and have no biases; the config has"
+                f" is_gated={self.is_gated} and has_mlp_bias={self.has_mlp_bias}."
+            )
+
+    def _check_heads(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} query heads do not split over"
                 f" {self.num_kv_heads} key and value heads. num_heads must be a"
                 " multiple of num_kv_heads."
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 and self.positions == "rotary":
             raise ValueError(
                 f"head_dim is {self.head_dim}; rotary embeddings turn pairs of"
                 " coordinates, so it must be even."
             )
-        if self.head not in ("language", "scalar"):
+        if self.rope_scaling is not None:
+            self.rope_scaling.check_head_dim(self.head_dim)
+
+    def _check_windows(self) -> None:
+        if self.window is not None and self.window < 1:
             raise ValueError(
-                f"head is {self.head!r}; it must be 'language' or 'scalar'."
+                f"window is {self.window}; a token sees at least itself, so it must be"
+                " at least 1, or None for no window."
+            )
+        if self.windowed_layers and len(self.windowed_layers) != self.num_layers:
+            raise ValueError(
+                f"windowed_layers has {len(self.windowed_layers)} entries for"
+                f" {self.num_layers} layers. Give one for each, or none for all alike."
+            )
+        if self.window is None and any(self.windowed_layers):
+            raise ValueError(
+                "windowed_layers names layers with a window, and `window` is None."
             )
 
     @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding in memory."""
+        return _padded(self.vocab_size, self.vocab_multiple)
+
+    @property
+    def padded_num_layers(self) -> int:
+        """Layers of the stack in memory; those past `num_layers` do nothing."""
+        return _padded(self.num_layers, self.layer_multiple)
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The window of each layer."""
+        windowed = self.windowed_layers or (True,) * self.num_layers
+        return tuple(self.window if is_windowed else None for is_windowed in windowed)
+
+    @property
     def num_layer_parameters(self) -> int:
-        """Parameters of one layer, its two norms included."""
-        attention = 2 * self.width * (self.num_heads + self.num_kv_heads)
+        """Parameters of one layer, its norms and biases included."""
+        heads, kv_heads = self.num_heads, self.num_kv_heads
         return (
-            attention * self.head_dim + 3 * self.width * self.mlp_width + 2 * self.width
+            self._num_layer_weights
+            + self.has_qkv_bias * (heads + 2 * kv_heads) * self.head_dim
+            + self.has_output_bias * self.width
+            + self.has_mlp_bias * ((1 + self.is_gated) * self.mlp_width + self.width)
+            + (2 + 2 * self.has_post_norms) * self._num_norm_parameters
+            + 2 * self.has_query_key_norm * self.head_dim
         )
+
+    @property
+    def _num_norm_parameters(self) -> int:
+        return (2 if self.norm == "layer" else 1) * self.width
+
+    @property
+    def _num_layer_weights(self) -> int:
+        """Entries of a layer's matrices."""
+        attention = 2 * self.width * (self.num_heads + self.num_kv_heads)
+        weights = attention * self.head_dim
+        if self.moe is None:
+            return weights + self._num_mlp_weights
+        experts = self.moe.num_experts
+        return weights + experts * self._num_mlp_weights + self.width * experts
+
+    @property
+    def _num_mlp_weights(self) -> int:
+        """Entries of the matrices of a feed-forward layer, or of an expert."""
+        return (2 + self.is_gated) * self.width * self.mlp_width
 
     @property
     def num_head_parameters(self) -> int:
@@ -131,28 +257,43 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """All parameters, embedding and head included."""
+        """All parameters, embedding and head included, padding left out."""
+        rows = self.vocab_size
+        if self.positions == "learned":
+            rows += self.max_positions
         return (
-            self.vocab_size * self.width
+            rows * self.width
             + self.num_layers * self.num_layer_parameters
-            + self.width
+            + self._num_norm_parameters
             + self.num_head_parameters
         )
 
     def flops_per_token(self, context: float) -> float:
         """Count the floating point operations of one token's forward pass.
 
-        Two per weight of a matrix product, and four per coordinate of a query head
-        and key it sees (scores, then the weighted sum of values). The embedding is a
-        lookup and norms are not counted.
+        Two per weight of a matrix product (of the experts a token goes to), and four
+        per coordinate of a query head and key it sees (scores, then the weighted sum of
+        values). The embedding is a lookup and norms are not counted.
 
         Args:
-            context: keys a token sees; about half the length for a causal row.
+            context: keys a token sees without a window; about half the length for a
+                causal row.
 
         Returns:
             Operations of a forward pass; a backward pass takes twice as many.
         """
-        matrices = self.num_layers * (self.num_layer_parameters - 2 * self.width)
+        weights = self._num_layer_weights
+        if self.moe is not None:
+            idle = self.moe.num_experts - self.moe.top_k
+            weights -= idle * self._num_mlp_weights
         outputs = 1 if self.head == "scalar" else self.vocab_size
-        attention = 4 * self.num_layers * self.num_heads * self.head_dim * context
-        return 2 * (matrices + self.width * outputs) + attention
+        keys = sum(
+            context if window is None else min(context, window)
+            for window in self.layer_windows
+        )
+        attention = 4 * self.num_heads * self.head_dim * keys
+        return 2 * (self.num_layers * weights + self.width * outputs) + attention
+
+
+def _padded(size: int, multiple: int) -> int:
+    return math.ceil(size / multiple) * multiple

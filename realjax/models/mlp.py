@@ -1,4 +1,7 @@
-"""The gated feed-forward layer."""
+"""The feed-forward layer, gated or plain."""
+
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -7,16 +10,27 @@ from jax.typing import DTypeLike
 
 from realjax.core.arrays import Array, Float
 from realjax.models.axes import MLP, Constrain, unconstrained
+from realjax.models.config import ModelConfig
 from realjax.models.projection import Projection
 
 
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) × up(x)).
+def activation(name: str) -> Callable[[Array], Array]:
+    """Return the function of one of `config.ACTIVATIONS`."""
+    return {
+        "silu": jax.nn.silu,
+        "gelu": functools.partial(jax.nn.gelu, approximate=False),
+        "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+        "relu": jax.nn.relu,
+    }[name]
 
-    Source: Shazeer 2020, https://arxiv.org/abs/2002.05202, "SwiGLU".
+
+class FeedForward(nn.Module):
+    """down(activation(gate(x)) × up(x)), or down(activation(up(x))) without a gate.
+
+    Source: Shazeer 2020, https://arxiv.org/abs/2002.05202, eq. 5 and 6.
     """
 
-    mlp_width: int
+    config: ModelConfig
     kernel_init: nn.initializers.Initializer
     output_init: nn.initializers.Initializer
     dtype: DTypeLike = jnp.float32
@@ -25,17 +39,28 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply the layer to every token."""
+        config = self.config
 
         def project(features: int, name: str, init: nn.initializers.Initializer):
-            return Projection((features,), init, dtype=self.dtype, name=name)
+            return Projection(
+                (features,),
+                init,
+                has_bias=config.has_mlp_bias,
+                dtype=self.dtype,
+                name=name,
+            )
 
-        gate = project(self.mlp_width, "gate", self.kernel_init)(x)
-        up = project(self.mlp_width, "up", self.kernel_init)(x)
-        hidden = self.constrain(_gated(gate, up), MLP)
+        up = project(config.mlp_width, "up", self.kernel_init)(x)
+        gate = None
+        if config.is_gated:
+            gate = project(config.mlp_width, "gate", self.kernel_init)(x)
+        hidden = self.constrain(activated(config.activation, gate, up), MLP)
         return project(x.shape[-1], "down", self.output_init)(hidden)
 
 
-@jax.checkpoint
-def _gated(gate: Array, up: Array) -> Array:
+@functools.partial(jax.checkpoint, static_argnums=(0,))
+def activated(name: str, gate: Array | None, up: Array) -> Array:
     """Keep only gate and up for the backward pass, not the steps between."""
-    return jax.nn.silu(gate) * up
+    if gate is None:
+        return activation(name)(up)
+    return activation(name)(gate) * up

@@ -58,11 +58,12 @@ project.defvjp(_project_forward, _project_backward)
 
 
 class Projection(nn.Module):
-    """A learned matrix without bias, of any number of input and output dimensions."""
+    """A learned matrix, of any number of input and output dimensions."""
 
     features: tuple[int, ...]
     kernel_init: nn.initializers.Initializer
     num_contracted: int = 1
+    has_bias: bool = False
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -71,4 +72,10 @@ class Projection(nn.Module):
         shape = (*x.shape[x.ndim - self.num_contracted :], *self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         out = project(x.astype(self.dtype), kernel, self.num_contracted)
-        return checkpoint_name(out, PRODUCT)
+        out = checkpoint_name(out, PRODUCT)
+        if not self.has_bias:
+            return out
+        zeros = nn.initializers.zeros_init()
+        bias = self.param("bias", zeros, self.features, jnp.float32)
+        leading = tuple(range(out.ndim - bias.ndim))
+        return out + jnp.expand_dims(bias, leading).astype(out.dtype)

@@ -1,17 +1,13 @@
-"""The decoder-only transformer: parameters, full forward pass, cached forward pass.
+"""The decoder-only transformer: full forward pass, cached forward pass.
 
     tokens -> embedding -> L x [ norm, attention, +, norm, mlp, + ] -> norm -> hidden
 
-Parameters are a plain nested dict whose layer leaves are stacked, [layer, ...]. One
-layer is a Flax module used through `init` and `apply`; the loop over layers is
-`jax.lax.scan`. Masters are float32 and are cast to the compute dtype inside the loop,
-one layer at a time.
-
-Matrices start as normal numbers of deviation 0.02, those that write to the residual
-stream divided by sqrt(2 L) (GPT-2's rule: L layers add 2 L terms to the stream), and
-norm scales as ones.
+One layer is a Flax module used through `init` and `apply`; the loop over the stacked
+layers is `jax.lax.scan`, or whatever the partition puts in its place. Masters are
+float32 and are cast to the compute dtype inside the loop, one layer at a time.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,134 +18,50 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.attention import attention, cached_attention
-from realjax.core.arrays import Array, Float, Int, Key, PyTree
+from realjax.core.arrays import Array, Float, Int, PyTree, UInt
+from realjax.models import block as block_lib
 from realjax.models import cache as cache_lib
 from realjax.models import rotary
-from realjax.models.attention import Attend, Attention
-from realjax.models.axes import CACHE, RESIDUAL, Axes, Constrain, unconstrained
+from realjax.models.axes import CACHE, RESIDUAL
+from realjax.models.block import INIT_DEVIATION, LAYER_INPUT, Block
 from realjax.models.cache import Cache
 from realjax.models.config import ModelConfig
-from realjax.models.mlp import GatedMLP
-from realjax.models.norm import RMSNorm
+from realjax.models.moe import RouterSums, router_sums
+from realjax.models.norm import Norm
+from realjax.models.parameters import (
+    Parameter,
+    abstract_parameters,
+    init_parameters,
+)
+from realjax.models.partition import WHOLE, Partition
 from realjax.models.projection import PRODUCT
 
-INIT_DEVIATION = 0.02
+__all__ = [
+    "INIT_DEVIATION",
+    "REMATS",
+    "Parameter",
+    "abstract_parameters",
+    "extend",
+    "hidden_states",
+    "init_parameters",
+    "run",
+]
+
+REMATS = {
+    "none": "keeps everything",
+    "block": "keeps the input of every layer",
+    "dots": "keeps the results of the products with weights",
+    "offload": "keeps the input of every layer, in host memory",
+}
+"""What the forward pass keeps for the backward pass; the rest is computed anew."""
 
 
-class Parameter(NamedTuple):
-    """Shape and logical axes of one parameter; its master is float32."""
+class _Rows(NamedTuple):
+    """What a layer needs to know of the rows, whichever layer it is."""
 
-    shape: tuple[int, ...]
-    axes: Axes
-
-
-def abstract_parameters(config: ModelConfig) -> PyTree:
-    """Return the parameter tree with a `Parameter` in the place of every array."""
-    layers, width, mlp_width = config.num_layers, config.width, config.mlp_width
-    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-
-    def matrix(shape: tuple[int, ...], *axes: str) -> dict[str, Parameter]:
-        return {"kernel": Parameter((layers, *shape), ("layer", *axes))}
-
-    def norm() -> dict[str, Parameter]:
-        return {"scale": Parameter((layers, width), ("layer", "norm"))}
-
-    key_value = ((width, kv_heads, head_dim), "embed", "kv_heads", "head_dim")
-    tree: dict[str, Any] = {
-        "embedding": Parameter((config.vocab_size, width), ("vocab", "embed")),
-        "layers": {
-            "attention_norm": norm(),
-            "attention": {
-                "query": matrix((width, heads, head_dim), "embed", "heads", "head_dim"),
-                "key": matrix(*key_value),
-                "value": matrix(*key_value),
-                "output": matrix(
-                    (heads, head_dim, width), "heads", "head_dim", "embed"
-                ),
-            },
-            "mlp_norm": norm(),
-            "mlp": {
-                "gate": matrix((width, mlp_width), "embed", "mlp"),
-                "up": matrix((width, mlp_width), "embed", "mlp"),
-                "down": matrix((mlp_width, width), "mlp", "embed"),
-            },
-        },
-        "final_norm": {"scale": Parameter((width,), ("norm",))},
-    }
-    if config.head == "scalar":
-        # Cut by width it would cut the hidden states, which are not.
-        tree["score"] = {"kernel": Parameter((width, 1), ("norm", None))}
-    elif not config.tie_embeddings:
-        tree["head"] = {
-            "kernel": Parameter((width, config.vocab_size), ("embed", "vocab"))
-        }
-    return tree
-
-
-class Block(nn.Module):
-    """One layer of the stack."""
-
-    config: ModelConfig
-    dtype: DTypeLike = jnp.float32
-    constrain: Constrain = unconstrained
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], rotation: rotary.Rotation, attend: Attend
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """Add attention, then the feed-forward layer, to the residual stream."""
-        config = self.config
-        deviation = INIT_DEVIATION / math.sqrt(2 * config.num_layers)
-        shared: dict[str, Any] = {
-            "kernel_init": nn.initializers.normal(INIT_DEVIATION),
-            "output_init": nn.initializers.normal(deviation),
-            "dtype": self.dtype,
-            "constrain": self.constrain,
-        }
-
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(config.norm_epsilon, self.dtype, name=name)
-
-        with jax.named_scope("attention"):
-            update, memory = Attention(config, name="attention", **shared)(
-                norm("attention_norm")(x), rotation, attend
-            )
-            x = self.constrain(x + update, RESIDUAL)
-        with jax.named_scope("mlp"):
-            mlp = GatedMLP(config.mlp_width, name="mlp", **shared)
-            x = self.constrain(x + mlp(norm("mlp_norm")(x)), RESIDUAL)
-        return x, memory
-
-
-def init_parameters(config: ModelConfig, key: Key[Array, ""]) -> PyTree:
-    """Draw the parameters of a new model, float32.
-
-    Under `jax.jit` with `out_shardings` every device makes its own part, of the same
-    numbers.
-    """
-    embedding_key, layers_key, head_key = jax.random.split(key, 3)
-    token = jnp.zeros((1, 1, config.width))
-    rotation = rotary.rotation(config, jnp.zeros((1, 1), jnp.int32))
-
-    def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-        return query, None  # Initialisation only needs the shape.
-
-    def layer(key: Array) -> PyTree:
-        return Block(config).init(key, token, rotation, attend)["params"]
-
-    def normal(key: Array, *shape: int) -> Array:
-        return INIT_DEVIATION * jax.random.normal(key, shape, jnp.float32)
-
-    tree = {
-        "embedding": normal(embedding_key, config.vocab_size, config.width),
-        "layers": jax.vmap(layer)(jax.random.split(layers_key, config.num_layers)),
-        "final_norm": {"scale": jnp.ones(config.width, jnp.float32)},
-    }
-    if config.head == "scalar":
-        tree["score"] = {"kernel": normal(head_key, config.width, 1)}
-    elif not config.tie_embeddings:
-        tree["head"] = {"kernel": normal(head_key, config.width, config.vocab_size)}
-    return tree
+    segment_ids: Int[Array, "R S"]
+    rotations: tuple[rotary.Rotation, ...]
+    noise_keys: UInt[Array, "R S W"] | None
 
 
 def hidden_states(
@@ -161,8 +73,33 @@ def hidden_states(
     *,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
-    constrain: Constrain = unconstrained,
+    partition: Partition = WHOLE,
 ) -> Float[Array, "R S D"]:
+    """Run the model over packed rows, as `run` does, and return the hidden states."""
+    return run(
+        parameters,
+        config,
+        tokens,
+        positions,
+        segment_ids,
+        dtype=dtype,
+        remat=remat,
+        partition=partition,
+    )[0]
+
+
+def run(
+    parameters: PyTree,
+    config: ModelConfig,
+    tokens: Int[Array, "R S"],
+    positions: Int[Array, "R S"],
+    segment_ids: Int[Array, "R S"],
+    *,
+    noise_keys: UInt[Array, "R S W"] | None = None,
+    dtype: DTypeLike = jnp.float32,
+    remat: str = "none",
+    partition: Partition = WHOLE,
+) -> tuple[Float[Array, "R S D"], RouterSums | None]:
     """Run the model over packed rows; a token sees the earlier ones of its segment.
 
     Args:
@@ -171,27 +108,62 @@ def hidden_states(
         tokens: ids; anything in [0, V) on padding.
         positions: place of each token in its own sequence, from 0.
         segment_ids: 1, 2, … for the sequences of a row; 0 is padding.
+        noise_keys: data of a random key for each token, for the jitter of routers;
+            None is none.
         dtype: of the activations and of the matrix products.
-        remat: what the backward pass computes anew: "none" keeps everything, "block"
-            keeps the input of every layer, "dots" keeps the results of the products
-            with weights.
-        constrain: gives an activation the sharding of its logical axes.
+        remat: one of `REMATS`.
+        partition: how the work is split.
 
     Returns:
-        Hidden states after the final norm; finite but meaningless on padding.
+        Hidden states after the final norm, finite but meaningless on padding; and for a
+        mixture of experts the sums of its routers, [L] and [L, E].
     """
-    rotation = rotary.rotation(config, positions)
-    block = Block(config, dtype, constrain)
+    block = Block(config, dtype, partition)
+    rotations = ()
+    if config.positions == "rotary":
+        lengths = _lengths(positions, segment_ids)
+        rotations = _rotations(config, positions, lengths)
 
-    def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-        return attention(query, key, value, segment_ids=segment_ids), None
+    def layer(x: Array, of_layer: PyTree, rows: _Rows) -> tuple[Array, Any]:
+        weights, traits = of_layer
 
-    def layer(x: Array, weights: PyTree) -> tuple[Array, None]:
-        return _apply(block, weights, x, rotation, attend)
+        def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
+            attended = attention(
+                query,
+                key,
+                value,
+                segment_ids=rows.segment_ids,
+                **_attention_options(config, traits),
+            )
+            return attended, None
 
-    x = constrain(_embed(parameters, tokens, dtype), RESIDUAL)
-    x, _ = jax.lax.scan(_rematerialized(layer, remat), x, parameters["layers"])
-    return _final_norm(parameters, config, x, dtype)
+        new, _, routing = _apply(
+            block,
+            weights,
+            x,
+            block_lib.rotation(rows.rotations, traits),
+            attend,
+            rows.segment_ids != 0,
+            _fold_in(rows.noise_keys, traits.index),
+        )
+        sums = None
+        if routing is not None and config.moe is not None:
+            sums = router_sums(routing, rows.segment_ids, config.moe)
+        if traits.is_real is None:
+            return new, sums
+        keep = functools.partial(jnp.where, traits.is_real)
+        return keep(new, x), jax.tree.map(lambda s: keep(s, 0.0), sums)
+
+    x = _embed(parameters, config, tokens, positions, dtype)
+    x, sums = partition.run_layers(
+        _rematerialized(layer, remat),
+        partition.constrain(x, RESIDUAL),
+        _stacked(parameters, config),
+        _Rows(segment_ids, rotations, noise_keys),
+    )
+    if sums is not None:
+        sums = jax.tree.map(lambda s: s[: config.num_layers], sums)
+    return _final_norm(parameters, config, x, dtype), sums
 
 
 def extend(
@@ -204,13 +176,13 @@ def extend(
     start: Int[Array, ""],
     first_slot: Int[Array, " B"],
     dtype: DTypeLike = jnp.float32,
-    constrain: Constrain = unconstrained,
+    partition: Partition = WHOLE,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Run the model over the next T tokens of every sequence, with a cache.
 
     With start = 0 and T = P this reads right-aligned prompts; with T = 1 it is one
     step of decoding. Key slot j is visible to the token at slot i of sequence b if and
-    only if first_slot[b] <= j <= i.
+    only if first_slot[b] <= j <= i, and i - j is below the layer's window.
 
     Args:
         parameters: tree of `abstract_parameters(config)`.
@@ -222,58 +194,145 @@ def extend(
         start: slot of the first token given.
         first_slot: slot of each sequence's first token.
         dtype: of the activations and of the matrix products.
-        constrain: gives an activation the sharding of its logical axes.
+        partition: how the work is split; the layers are always scanned.
 
     Returns:
         Hidden states after the final norm (meaningless before the first slot), and the
         cache with the new slots written.
     """
-    rotation = rotary.rotation(config, positions)
-    block = Block(config, dtype, constrain)
+    block = Block(config, dtype, partition)
+    slots = jnp.asarray(start, jnp.int32) + jnp.arange(tokens.shape[1])
+    is_token = slots[None, :] >= first_slot[:, None]
+    rotations = ()
+    if config.positions == "rotary":
+        # What is known of a sequence's length when its token is written.
+        known = jnp.broadcast_to(slots[-1] + 1 - first_slot[:, None], tokens.shape)
+        rotations = _rotations(config, positions, known)
 
-    def layer(carry: tuple[Array, Cache], indexed: tuple[PyTree, Array]):
+    def layer(carry: tuple[Array, Cache], index: Array):
         x, cache = carry
-        weights, index = indexed
+        weights, traits = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False),
+            _stacked(parameters, config),
+        )
 
         def attend(query: Array, key: Array, value: Array) -> tuple[Array, Cache]:
-            written = cache_lib.write(cache, index, start, key, value)
-            written = Cache(*(constrain(stack, CACHE) for stack in written))
-            keys, values = cache_lib.layer_of(written, index)
+            written = cache_lib.write(cache, traits.index, start, key, value)
+            written = Cache(*(partition.constrain(s, CACHE) for s in written))
+            keys, values = cache_lib.layer_of(written, traits.index)
             attended = cached_attention(
-                query, keys, values, start=start, first_slot=first_slot
+                query,
+                keys,
+                values,
+                start=start,
+                first_slot=first_slot,
+                **_attention_options(config, traits),
             )
             return attended, written
 
-        return _apply(block, weights, x, rotation, attend), None
+        turned = block_lib.rotation(rotations, traits)
+        x, cache, _ = _apply(block, weights, x, turned, attend, is_token)
+        return (x, cache), None
 
-    x = constrain(_embed(parameters, tokens, dtype), RESIDUAL)
+    x = _embed(parameters, config, tokens, positions, dtype)
     # The cache is in the carry: as scanned inputs and outputs it would be copied whole.
-    (x, cache), _ = jax.lax.scan(
-        layer, (x, cache), (parameters["layers"], jnp.arange(config.num_layers))
-    )
+    # Layers that only pad the stack are not run.
+    carry = (partition.constrain(x, RESIDUAL), cache)
+    (x, cache), _ = jax.lax.scan(layer, carry, jnp.arange(config.num_layers))
     return _final_norm(parameters, config, x, dtype), cache
+
+
+def _stacked(
+    parameters: PyTree, config: ModelConfig
+) -> tuple[PyTree, block_lib.Traits]:
+    """Return what differs from layer to layer: weights and traits."""
+    traits = jax.tree.map(jnp.asarray, block_lib.traits(config))
+    return parameters["layers"], traits
+
+
+def _attention_options(config: ModelConfig, traits: block_lib.Traits) -> dict[str, Any]:
+    options = {
+        "window": block_lib.window(config, traits),
+        "scale": block_lib.attention_scale(config, traits),
+        "soft_cap": config.attention_soft_cap,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _rotations(
+    config: ModelConfig, positions: Array, lengths: Array
+) -> tuple[rotary.Rotation, ...]:
+    """Return the rotation of all layers, or those without and with a window."""
+    whole = rotary.rotation(config, positions, lengths)
+    if config.local_rope_theta is None or config.window is None:
+        return (whole,)
+    local = rotary.rotation(config, positions, lengths, is_local=True)
+    return (whole, local) if len(set(config.layer_windows)) > 1 else (local,)
+
+
+def _lengths(positions: Array, segment_ids: Array) -> Array:
+    """Return the length of each token's sequence: its last position, plus 1."""
+    ahead = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    num_places = positions.shape[1]
+    places = jnp.broadcast_to(jnp.arange(num_places), positions.shape)
+    last = jnp.where(segment_ids != ahead, places, num_places)
+    last = jax.lax.cummin(last, axis=1, reverse=True)
+    return jnp.take_along_axis(positions, last, axis=1) + 1
+
+
+def _fold_in(noise_keys: Array | None, index: Array) -> Array | None:
+    """Return each token's noise key for a layer."""
+    if noise_keys is None:
+        return None
+    fold = lambda key: jax.random.key_data(
+        jax.random.fold_in(jax.random.wrap_key_data(key), index)
+    )
+    return jax.vmap(jax.vmap(fold))(noise_keys)
 
 
 def _apply(module: nn.Module, parameters: PyTree, *inputs: Any) -> Any:
     return module.apply({"params": parameters}, *inputs)
 
 
-def _embed(parameters: PyTree, tokens: Array, dtype: DTypeLike) -> Array:
-    return jnp.take(parameters["embedding"], tokens, axis=0, mode="clip").astype(dtype)
+def _embed(
+    parameters: PyTree,
+    config: ModelConfig,
+    tokens: Array,
+    positions: Array,
+    dtype: DTypeLike,
+) -> Array:
+    take = functools.partial(jnp.take, axis=0, mode="clip")
+    x = take(parameters["embedding"], tokens).astype(dtype)
+    if config.is_embedding_scaled:
+        x = x * jnp.asarray(math.sqrt(config.width), dtype)
+    if config.positions == "learned":
+        x = x + take(parameters["position_embedding"], positions).astype(dtype)
+    return x
 
 
 def _final_norm(
     parameters: PyTree, config: ModelConfig, x: Array, dtype: DTypeLike
 ) -> Array:
-    return _apply(RMSNorm(config.norm_epsilon, dtype), parameters["final_norm"], x)
+    norm = Norm(config.norm, config.norm_epsilon, dtype)
+    return _apply(norm, parameters["final_norm"], x)
 
 
 def _rematerialized(layer: Callable, remat: str) -> Callable:
+    policies = jax.checkpoint_policies
     if remat == "none":
         return layer
     if remat == "block":
-        return jax.checkpoint(layer, prevent_cse=False)
-    if remat == "dots":
-        policy = jax.checkpoint_policies.save_only_these_names(PRODUCT)
-        return jax.checkpoint(layer, prevent_cse=False, policy=policy)
-    raise ValueError(f"remat is {remat!r}; it must be 'none', 'block' or 'dots'.")
+        policy = None
+    elif remat == "dots":
+        policy = policies.save_only_these_names(PRODUCT)
+    elif remat == "offload":
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        known = ", ".join(map(repr, REMATS))
+        raise ValueError(f"remat is {remat!r}; it must be one of {known}.")
+    return jax.checkpoint(layer, prevent_cse=False, policy=policy)

@@ -20,15 +20,9 @@ SIZES = {"d": "data", "f": "fsdp", "t": "tensor", "s": "stage", "e": "expert"}
 
 OPTIONS = {
     "sequence": "activations between blocks are split over tensor along the tokens",
+    "zero1": "fsdp cuts the optimizer's state and gradients, and no parameter",
 }
 """The options an allocation may carry, and what each does."""
-
-RESERVED = {
-    "stage": "a pipeline over groups of layers is not part of this version",
-    "expert": "mixture-of-experts models are not part of this version",
-    "zero1": "optimizer state lies as its parameters do; fsdp splits both",
-}
-"""Sizes and options whose names are kept free, and why they are refused today."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,14 +36,15 @@ class Allocation:
         fsdp: Parts each parameter is cut into along its width; they also see
             different rows, and parameters are gathered where they are used.
         tensor: Parts of heads, mlp and vocabulary that work on the same rows.
-        stage: Groups of layers; reserved, always 1.
-        expert: Groups of experts; reserved, always 1.
-        devices: Indices into `jax.devices()`, in mesh order (data is the slowest
+        stage: Groups of layers, which work on different rows at a time.
+        expert: Groups of experts; they also see different rows, and tokens are sent to
+            the experts they chose.
+        devices: Indices into `jax.devices()`, in mesh order (stage is the slowest
             axis, tensor the fastest). Left empty it becomes 0 … size - 1.
         options: Names from `OPTIONS`.
 
     Raises:
-        ValueError: a size below 1, a reserved size or option, an unknown option, or
+        ValueError: a size below 1, an unknown option, one that has nothing to split, or
             devices that repeat or do not count `size`.
     """
 
@@ -67,21 +62,17 @@ class Allocation:
             size = getattr(self, name)
             if size < 1:
                 raise ValueError(f"{name}={size}; every size of an allocation is >= 1.")
-            if size > 1 and name in RESERVED:
-                raise ValueError(
-                    f"{name}={size} is reserved: {RESERVED[name]}. Leave it at 1 and"
-                    " spread the devices over data, fsdp and tensor."
-                )
         for option in sorted(self.options):
-            if option in RESERVED:
-                raise ValueError(
-                    f"option +{option} is reserved: {RESERVED[option]}. Leave it out."
-                )
             if option not in OPTIONS:
                 raise ValueError(
                     f"unknown option +{option}. Options are:"
                     f" {', '.join('+' + name for name in OPTIONS)}."
                 )
+        if "zero1" in self.options and self.fsdp == 1:
+            raise ValueError(
+                "option +zero1 cuts the optimizer's state over fsdp, and fsdp is 1."
+                " Write f instead of d, as in f8+zero1."
+            )
         if not self.devices:
             object.__setattr__(self, "devices", tuple(range(self.size)))
         self._check_devices()
@@ -141,13 +132,18 @@ class Allocation:
         return "".join(f"{k}{size}" for k, size in sizes.items() if size > 1) or "d1"
 
     @property
+    def num_row_shards(self) -> int:
+        """Parts that the rows of a batch are split into."""
+        return self.data * self.fsdp * self.expert
+
+    @property
     def layout_key(self) -> Hashable:
         """What two allocations share when parameters lie the same way on both.
 
-        Options are left out: they are about activations and move no parameter.
+        Of the options only zero1 is part of it; the others move no parameter.
         """
         sizes = tuple(getattr(self, name) for name in SIZES.values())
-        return (*sizes, self.devices)
+        return (*sizes, self.devices, "zero1" in self.options)
 
     def __str__(self) -> str:
         """Write the notation; `Allocation.parse` reads it back."""

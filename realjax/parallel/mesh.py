@@ -8,8 +8,9 @@ from jax.sharding import AxisType, Mesh
 
 from realjax.parallel.allocation import Allocation
 
-MESH_AXES = ("data", "fsdp", "tensor")
-"""The axes of every mesh, slowest first: tensor neighbours are adjacent devices."""
+MESH_AXES = ("stage", "data", "fsdp", "expert", "tensor")
+"""The axes of every mesh, slowest first: tensor neighbours are adjacent devices, and
+stages, which say least to each other, are farthest apart."""
 
 
 def make_mesh(
@@ -17,7 +18,7 @@ def make_mesh(
     # jax.Device is an assigned name, which basedpyright takes for no type.
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh:
-    """Arrange the devices of an allocation in its (data, fsdp, tensor) grid.
+    """Arrange the devices of an allocation in the grid of `MESH_AXES`.
 
     Axis types are Auto: the compiler propagates shardings, and the code constrains
     them where it matters.
@@ -41,7 +42,7 @@ def make_mesh(
             " starts."
         )
     grid = np.array([devices[index] for index in allocation.devices], dtype=object)
-    shape = (allocation.data, allocation.fsdp, allocation.tensor)
+    shape = [getattr(allocation, axis) for axis in MESH_AXES]
     return Mesh(
         grid.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
     )

@@ -4,8 +4,9 @@ Models name the dimensions of parameters and activations ("vocab", "heads", …)
 know no mesh; `AXES` says which mesh axes split each name.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,16 +20,17 @@ from realjax.parallel.allocation import Allocation
 
 AXES: Mapping[str, tuple[str, ...]] = {
     # parameters
-    "vocab": ("tensor",),
+    "vocab": ("stage", "tensor"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),  # replicated where tensor does not divide it
     "mlp": ("tensor",),
     "embed": ("fsdp",),
     "norm": (),
     "head_dim": (),
-    "layer": (),
+    "layer": ("stage",),
+    "expert": ("expert",),
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": (),
     "embed_act": (),
     "slots": (),
@@ -36,13 +38,17 @@ AXES: Mapping[str, tuple[str, ...]] = {
 """Mesh axes that split a dimension, by the dimension's name."""
 
 
-def parameter_shardings(abstract_tree: PyTree, mesh: Mesh) -> PyTree:
+def parameter_shardings(
+    abstract_tree: PyTree, mesh: Mesh, *, options: frozenset[str] = frozenset()
+) -> PyTree:
     """Return the sharding of every parameter.
 
     Args:
         abstract_tree: Leaves with `shape` and `axes` (the abstract twin of a model's
             parameters), or bare tuples of axis names, which are taken to divide.
         mesh: The mesh of the call.
+        options: The options of its allocation. With `zero1` fsdp cuts no parameter;
+            the optimizer's state lies as parameters do without it.
 
     Returns:
         The same tree with `NamedSharding` leaves.
@@ -55,6 +61,8 @@ def parameter_shardings(abstract_tree: PyTree, mesh: Mesh) -> PyTree:
     def leaf_sharding(path: Any, leaf: Any) -> NamedSharding:
         axes = getattr(leaf, "axes", leaf)
         shape = getattr(leaf, "shape", None)
+        if "zero1" in options:
+            axes = tuple(None if name == "embed" else name for name in axes)
         spec = _parameter_spec(jax.tree_util.keystr(path), shape, axes, mesh)
         return NamedSharding(mesh, spec)
 
@@ -78,16 +86,25 @@ def constrain_for(mesh: Mesh, *, options: frozenset[str] = frozenset()) -> Const
     def constrain(x: Array, axes: Axes) -> Array:
         if mesh.size == 1:
             return x
-        spec = _activation_spec(x.shape, axes, mesh, "sequence" in options)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        manual = manual_axes()
+        spec = _activation_spec(x.shape, axes, mesh, "sequence" in options, manual)
+        # Where `shard_map` split some axes by hand, the mesh around says so.
+        around = jax.sharding.get_abstract_mesh() if manual else mesh
+        return jax.lax.with_sharding_constraint(x, NamedSharding(around, spec))
 
     return constrain
 
 
+def manual_axes() -> frozenset[str]:
+    """Return the mesh axes that a `shard_map` around this code has split by hand."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return frozenset() if mesh.empty else frozenset(mesh.manual_axes)
+
+
 def rows_sharding(mesh: Mesh, size: int) -> NamedSharding:
-    """Split `size` rows over data and fsdp; replicate them where they do not divide."""
+    """Split `size` rows over the axes of rows; replicate where they do not divide."""
     axes = AXES["batch"]
-    if size % _num_parts(axes, mesh):
+    if size % num_parts(axes, mesh):
         return replicated(mesh)
     return NamedSharding(mesh, _spec([axes], mesh))
 
@@ -98,7 +115,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def bytes_per_device(
-    abstract_tree: PyTree, mesh: Mesh, *, dtype: Any = np.float32
+    abstract_tree: PyTree,
+    mesh: Mesh,
+    *,
+    dtype: Any = np.float32,
+    options: frozenset[str] = frozenset(),
 ) -> int:
     """Count the bytes of parameters that each device of the mesh will hold.
 
@@ -106,12 +127,30 @@ def bytes_per_device(
         abstract_tree: Leaves with `shape` and `axes`.
         mesh: The mesh of the call.
         dtype: Type of the stored parameters; masters are float32.
+        options: As in `parameter_shardings`.
     """
     leaves = jax.tree.leaves(abstract_tree, is_leaf=_is_abstract_leaf)
-    shardings = jax.tree.leaves(parameter_shardings(abstract_tree, mesh))
+    shardings = parameter_shardings(abstract_tree, mesh, options=options)
     return sum(
         math.prod(sharding.shard_shape(tuple(leaf.shape))) * np.dtype(dtype).itemsize
-        for leaf, sharding in zip(leaves, shardings, strict=True)
+        for leaf, sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
+    )
+
+
+def padded_for(
+    model_config: ModelConfig, allocations: Iterable[Allocation]
+) -> ModelConfig:
+    """Pad the vocabulary and the stack of layers so that every strategy divides them.
+
+    Args:
+        model_config: The model of one role.
+        allocations: Of all calls of the role, so that they share one parameter tree.
+    """
+    allocations = tuple(allocations)
+    return dataclasses.replace(
+        model_config,
+        vocab_multiple=math.lcm(*(a.stage * a.tensor for a in allocations)),
+        layer_multiple=math.lcm(*(a.stage for a in allocations)),
     )
 
 
@@ -123,7 +162,8 @@ def check_fit(
 ) -> None:
     """Check that a model, and the rows of a microbatch, divide over an allocation.
 
-    Key and value heads need not divide: those are replicated over tensor.
+    Key and value heads need not divide: those are replicated over tensor. Nor need the
+    vocabulary and the layers, which `padded_for` pads.
 
     Args:
         allocation: What the call is given.
@@ -133,14 +173,21 @@ def check_fit(
     Raises:
         ValueError: everything that does not divide, with the sizes that would.
     """
-    rows_parts = allocation.data * allocation.fsdp
+    rows_parts = allocation.num_row_shards
     needs = [
         ("tensor", allocation.tensor, "num_heads", model_config.num_heads),
         ("tensor", allocation.tensor, "mlp_width", model_config.mlp_width),
-        ("tensor", allocation.tensor, "vocab_size", model_config.vocab_size),
         ("fsdp", allocation.fsdp, "width", model_config.width),
-        ("data × fsdp", rows_parts, "rows of a microbatch", batch_rows or rows_parts),
+        ("data × fsdp × expert", rows_parts, "rows of a microbatch", batch_rows or 0),
     ]
+    if model_config.moe is None and allocation.expert > 1:
+        raise ValueError(
+            f"Allocation {allocation} splits experts over {allocation.expert} parts,"
+            " and the model has none. Write d or f in the place of e."
+        )
+    if model_config.moe is not None:
+        experts = ("num_experts", model_config.moe.num_experts)
+        needs.append(("expert", allocation.expert, *experts))
     problems = [
         f"{axes}={parts} does not divide {name}={size}"
         f" (sizes up to {allocation.size} that do: {_divisors(size, allocation.size)})"
@@ -150,7 +197,7 @@ def check_fit(
     if problems:
         raise ValueError(
             f"Allocation {allocation} does not fit: {'; '.join(problems)}. Choose a"
-            " strategy whose parts are equal, or pad the model or the batch."
+            " strategy whose parts are equal, or change the model or the batch."
         )
 
 
@@ -177,7 +224,8 @@ def _mesh_axes(name: str | None) -> tuple[str, ...]:
     return AXES[name]
 
 
-def _num_parts(axes: Sequence[str], mesh: Mesh) -> int:
+def num_parts(axes: Sequence[str], mesh: Mesh) -> int:
+    """Count the parts that some axes of a mesh make."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
@@ -208,7 +256,7 @@ def _parameter_spec(
         return _spec(dimensions, mesh)
     _check_rank(f"Parameter {path}", shape, axes)
     for index, (size, name) in enumerate(zip(shape, axes, strict=True)):
-        parts = _num_parts(dimensions[index], mesh)
+        parts = num_parts(dimensions[index], mesh)
         if size % parts == 0:
             continue
         if name != "kv_heads":
@@ -222,15 +270,19 @@ def _parameter_spec(
 
 
 def _activation_spec(
-    shape: Sequence[int], axes: Axes, mesh: Mesh, is_sequence_split: bool
+    shape: Sequence[int],
+    axes: Axes,
+    mesh: Mesh,
+    is_sequence_split: bool,
+    manual: frozenset[str],
 ) -> PartitionSpec:
     _check_rank("An activation", shape, axes)
     dimensions: list[tuple[str, ...]] = []
     for size, name in zip(shape, axes, strict=True):
-        split = _mesh_axes(name)
+        split = tuple(axis for axis in _mesh_axes(name) if axis not in manual)
         if is_sequence_split and name == "length" and "embed_act" in axes:
-            split = ("tensor",)
-        while size % _num_parts(split, mesh):
+            split = () if "tensor" in manual else ("tensor",)
+        while size % num_parts(split, mesh):
             split = split[:-1]
         dimensions.append(split)
     return _spec(dimensions, mesh)

@@ -233,7 +233,10 @@ class Executor:
             if training:
                 minibatches = self._minibatches(name, spec, lengths, step, width)
                 state, reports = program(
-                    self.store.train_state(node.role), batch, minibatches
+                    self.store.train_state(node.role),
+                    batch,
+                    minibatches,
+                    self._key(name, step, training),
                 )
                 self.store.set_train_state(node.role, state)
             else:
@@ -353,7 +356,7 @@ class Executor:
         if isinstance(spec, Generate):
             rows = size * spec.completions_per_prompt
             place = self.plan.calls[name]
-            shards = allocation.data * allocation.fsdp
+            shards = allocation.num_row_shards
             wanted = min(place.rows or rows, rows)
             return GenerateProgram(
                 spec,
@@ -405,7 +408,7 @@ class Executor:
             num_rows=num_rows,
             max_sequences=max_sequences - max_sequences % unit,
             width=width,
-            num_shards=allocation.data * allocation.fsdp,
+            num_shards=allocation.num_row_shards,
             unit=unit,
         )
 

@@ -17,9 +17,10 @@ from realjax.models import heads, hf, transformer
 from realjax.models.config import ModelConfig
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import make_mesh
+from realjax.parallel.partition import partition_for
 from realjax.parallel.sharding import (
     check_fit,
-    constrain_for,
+    padded_for,
     parameter_shardings,
     rows_sharding,
 )
@@ -126,7 +127,7 @@ class Model:
 
     def _rows(self, tokens, segment_ids):
         """Rows on the mesh, padded to a number that divides over it."""
-        shards = self.allocation.data * self.allocation.fsdp
+        shards = self.allocation.num_row_shards
         segment_ids = np.asarray(segment_ids, np.int32)
         padding = ((0, -len(tokens) % shards), (0, 0))
         tokens, segment_ids = np.pad(tokens, padding), np.pad(segment_ids, padding)
@@ -146,7 +147,7 @@ class Model:
             positions,
             segment_ids,
             dtype=jnp.dtype(self.dtype),
-            constrain=constrain_for(self.mesh),
+            partition=partition_for(self.mesh, options=self.allocation.options),
         )
 
     @functools.cached_property
@@ -190,8 +191,11 @@ def load(
     if not isinstance(allocation, Allocation):
         allocation = Allocation.parse(allocation or f"d{len(jax.devices())}")
     check_fit(allocation, config)
+    config = padded_for(config, [allocation])
     shardings = parameter_shardings(
-        transformer.abstract_parameters(config), make_mesh(allocation)
+        transformer.abstract_parameters(config),
+        make_mesh(allocation),
+        options=allocation.options,
     )
     has_tokenizer = (folder / "tokenizer.json").exists()
     return Model(

@@ -48,7 +48,10 @@ class ParameterStore:
     def shardings(self, role: str, place: Place) -> PyTree:
         """How the role's parameters lie at a place."""
         abstract = transformer.abstract_parameters(self.models[role])
-        return parameter_shardings(abstract, make_mesh(place.allocation))
+        allocation = place.allocation
+        return parameter_shardings(
+            abstract, make_mesh(allocation), options=allocation.options
+        )
 
     def set_train_state(self, role: str, state: TrainState) -> None:
         """Masters and optimizer state of a trained role, at its home."""

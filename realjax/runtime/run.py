@@ -26,7 +26,7 @@ from realjax.functions.role import Role, RoleConfig
 from realjax.functions.score import RewardFunction, RewardWorkers
 from realjax.models import hf, transformer
 from realjax.models.config import ModelConfig
-from realjax.parallel.sharding import check_fit
+from realjax.parallel.sharding import check_fit, padded_for
 from realjax.runtime.checkpoint import CheckpointConfig
 from realjax.runtime.parameters import ParameterStore
 from realjax.runtime.profile import profiled_steps
@@ -256,6 +256,7 @@ def prepare(config: RunConfig, algorithm: Any = None) -> Run:
         if role is not None:
             with _about(f"Call {name!r}, role {role!r}"):
                 check_fit(place.allocation, roles[role].model)
+    roles = {name: _padded_role(role, graph, plan) for name, role in roles.items()}
     train_data = load_dataset(config.data, tokenizer, split="train", seed=config.seed)
     valid_data = None
     if config.data.valid_path or config.data.held_out:
@@ -280,6 +281,13 @@ def prepare(config: RunConfig, algorithm: Any = None) -> Run:
         width=_width(graph, roles, [d for d in (train_data, valid_data) if d]),
         steps=steps,
     )
+
+
+def _padded_role(role: Role, graph: DataflowGraph, plan: ExecutionPlan) -> Role:
+    """The role with its model padded for the strategies of all its calls."""
+    calls = (n for n, place in plan.calls.items() if graph.calls[n].role == role.name)
+    model = padded_for(role.model, (plan.calls[name].allocation for name in calls))
+    return dataclasses.replace(role, model=model)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from realjax.dataflow.buffer import Buffer
 from realjax.functions.function import Generate
 from realjax.functions.generate import GenerateProgram
 from realjax.functions.packed import ModelProgram
-from realjax.parallel.sharding import constrain_for
+from realjax.parallel.partition import partition_for
 from realjax.rl.sampling import Sampling
 from realjax.runtime.model import Model, check_ids
 
@@ -89,7 +89,7 @@ def sample(
             f"{model.config.max_positions}. Shorten prompts or lower max_new_tokens."
         )
     total = len(ids) * completions_per_prompt
-    shards = model.allocation.data * model.allocation.fsdp
+    shards = model.allocation.num_row_shards
     program = _program(
         model,
         Generate(sampling=sampling, completions_per_prompt=completions_per_prompt),
@@ -139,7 +139,7 @@ def _program(
             ModelProgram(
                 config=model.config,
                 dtype=model.dtype,
-                constrain=constrain_for(model.mesh, options=model.allocation.options),
+                partition=partition_for(model.mesh, options=model.allocation.options),
             ),
             model.mesh,
             eos_ids=_eos_ids(model),

@@ -271,9 +271,10 @@ def test_the_loop_ends_with_the_longest_completion():
     def count(x, axes):
         if axes == ("batch", None):  # The logits: of the prompts, then of each step.
             jax.debug.callback(lambda: calls.append(1))
-        return model.constrain(x, axes)
+        return model.partition.constrain(x, axes)
 
-    counting = dataclasses.replace(model, constrain=count)
+    partition = dataclasses.replace(model.partition, constrain=count)
+    counting = dataclasses.replace(model, partition=partition)
     program = program_of()
     program = GenerateProgram(
         program.spec, counting, program.mesh, eos_ids=EOS, num_rows=8, width=WIDTH

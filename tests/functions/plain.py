@@ -14,25 +14,30 @@ from realjax.models import heads, transformer
 from realjax.models.config import ModelConfig
 from realjax.parallel import (
     Allocation,
-    constrain_for,
     make_mesh,
     parameter_shardings,
+    partition_for,
     rows_sharding,
 )
 from realjax.testing import tiny_model
 
 
 def sharp_parameters(config: ModelConfig, seed: int = 0) -> PyTree:
-    """New parameters that make much of a token: logits and scores of about 2."""
+    """New parameters that make much of a token: logits and scores of about 2.
+
+    The same numbers whatever the padding.
+    """
     generator = np.random.default_rng(seed)
 
     def draw(path: tuple, leaf: transformer.Parameter) -> Array:
-        noise = generator.standard_normal(leaf.shape, np.float32)
+        noise = generator.standard_normal(leaf.real_shape, np.float32)
         name = jax.tree_util.keystr(path)
-        if "norm" in name:
-            return jnp.asarray(1 + 0.1 * noise)
         is_head = "head" in name or "score" in name
-        return jnp.asarray((0.4 if is_head else 0.1) * noise)
+        drawn = (0.4 if is_head else 0.1) * noise
+        if "scale" in name:
+            drawn = drawn + (config.norm != "gemma")
+        sizes = zip(leaf.real_shape, leaf.shape, strict=True)
+        return jnp.pad(drawn, [(0, padded - size) for size, padded in sizes])
 
     return jax.tree_util.tree_map_with_path(
         draw,
@@ -48,15 +53,22 @@ def mesh_of(text: str) -> jax.sharding.Mesh:
 
 def model_on(text: str, config: ModelConfig | None = None, **options) -> ModelProgram:
     """A tiny model as a function compiled for an allocation knows it."""
+    allocation = Allocation.parse(text)
     return ModelProgram(
-        config=config or tiny_model(), constrain=constrain_for(mesh_of(text)), **options
+        config=config or tiny_model(),
+        partition=partition_for(make_mesh(allocation), options=allocation.options),
+        options=allocation.options,
+        **options,
     )
 
 
 def parameters_on(text: str, config: ModelConfig, parameters: PyTree) -> PyTree:
     """A copy of the parameters as an allocation keeps them."""
     abstract = transformer.abstract_parameters(config)
-    shardings = parameter_shardings(abstract, mesh_of(text))
+    allocation = Allocation.parse(text)
+    shardings = parameter_shardings(
+        abstract, make_mesh(allocation), options=allocation.options
+    )
     return jax.device_put(jax.tree.map(np.asarray, parameters), shardings)
 
 

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from realjax.models.mlp import GatedMLP
-from realjax.models.norm import RMSNorm
+from realjax.models.mlp import FeedForward
+from realjax.models.norm import Norm
 from realjax.models.projection import project
+from realjax.testing import tiny_model
 
 NORMAL = nn.initializers.normal(1.0)
 
@@ -16,15 +17,15 @@ NORMAL = nn.initializers.normal(1.0)
 def test_norm_divides_by_the_root_mean_square():
     # Mean of squares (9 + 16) / 2 = 12.5.
     x = jnp.asarray([[3.0, 4.0]])
-    out = RMSNorm(0.0).apply({"params": {"scale": jnp.asarray([1.0, 10.0])}}, x)
+    out = Norm("rms", 0.0).apply({"params": {"scale": jnp.asarray([1.0, 10.0])}}, x)
     np.testing.assert_allclose(out, [[3 / 12.5**0.5, 40 / 12.5**0.5]], rtol=1e-6)
 
 
 def test_norm_of_bfloat16_is_computed_in_float32():
     x = (1000 + jnp.arange(64.0)).astype(jnp.bfloat16)[None]
     parameters = {"params": {"scale": jnp.ones(64)}}
-    out = RMSNorm(1e-5, jnp.bfloat16).apply(parameters, x)
-    exact = RMSNorm(1e-5).apply(parameters, x.astype(jnp.float32))
+    out = Norm("rms", 1e-5, jnp.bfloat16).apply(parameters, x)
+    exact = Norm("rms", 1e-5).apply(parameters, x.astype(jnp.float32))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out, exact.astype(jnp.bfloat16))
 
@@ -58,7 +59,7 @@ def test_project_and_its_gradients_are_those_of_einsum(
 
 
 def test_feed_forward_layer_is_down_of_silu_gate_times_up():
-    layer = GatedMLP(2, NORMAL, NORMAL)
+    layer = FeedForward(tiny_model(mlp_width=2), NORMAL, NORMAL)
     gate, up, down = jnp.asarray([[1.0, 2.0]]), jnp.asarray([[3.0, 5.0]]), [[1.0], [10]]
     parameters = {
         name: {"kernel": jnp.asarray(kernel)}

@@ -25,16 +25,21 @@ def scaled(**scaling):
     return dataclasses.replace(CONFIG, rope_scaling=RopeScaling(**scaling))
 
 
+def frequencies(config):
+    return rotary.frequencies(config.rope_theta, config.head_dim, config.rope_scaling)
+
+
 def rotate_at(x, position):
     """Rotate [K] at a position."""
-    turned = rotary.rotation(CONFIG, jnp.full((1, 1), position, jnp.int32))
+    place = jnp.full((1, 1), position, jnp.int32)
+    turned = rotary.rotation(CONFIG, place, place + 1)
     return rotary.rotate(x[None, None, None], turned)[0, 0, 0]
 
 
 def test_frequencies_fall_by_theta_over_the_pairs():
     # 10000^(-2k/8) for k = 0..3.
     expected = [1, 0.1, 0.01, 0.001]
-    np.testing.assert_allclose(rotary.frequencies(CONFIG), expected, rtol=1e-12)
+    np.testing.assert_allclose(frequencies(CONFIG), expected, rtol=1e-12)
 
 
 def test_coordinate_k_turns_with_coordinate_k_plus_half():
@@ -58,8 +63,8 @@ def test_products_depend_on_the_distance_only():
 
 
 def test_linear_scaling_divides_positions():
-    stretched = rotary.frequencies(scaled(kind="linear", factor=4.0))
-    np.testing.assert_allclose(4 * stretched, rotary.frequencies(CONFIG))
+    stretched = frequencies(scaled(kind="linear", factor=4.0))
+    np.testing.assert_allclose(4 * stretched, frequencies(CONFIG))
 
 
 def test_llama3_scaling_keeps_fast_frequencies_and_divides_slow_ones():
@@ -69,12 +74,13 @@ def test_llama3_scaling_keeps_fast_frequencies_and_divides_slow_ones():
     kept = (1000 * 0.01 / (2 * np.pi) - 1) / 3
     blend = kept * 0.01 + (1 - kept) * 0.01 / 8
     expected = [1, 0.1, blend, 0.001 / 8]
-    np.testing.assert_allclose(rotary.frequencies(config), expected, rtol=1e-12)
+    np.testing.assert_allclose(frequencies(config), expected, rtol=1e-12)
 
 
 def test_angles_are_float32_whatever_the_dtype_of_x():
     # In bfloat16 position 1001 would be 1000.
-    turned = rotary.rotation(CONFIG, jnp.asarray([[1000, 1001]], jnp.int32))
+    places = jnp.asarray([[1000, 1001]], jnp.int32)
+    turned = rotary.rotation(CONFIG, places, places + 1)
     assert turned.cos.dtype == jnp.float32
     x = jnp.ones((1, 2, 1, 8), jnp.bfloat16)
     rotated = rotary.rotate(x, turned)

@@ -20,8 +20,8 @@ from realjax.models.transformer import (
 )
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import make_mesh
+from realjax.parallel.partition import partition_for
 from realjax.parallel.sharding import (
-    constrain_for,
     parameter_shardings,
     replicated,
     rows_sharding,
@@ -251,7 +251,7 @@ def test_sharded_gradients_are_those_of_one_device(parameters, allocation):
             positions_of(tokens),
             ones,
             remat="block",
-            constrain=constrain_for(mesh),
+            partition=partition_for(mesh),
         )
         return jnp.mean(jnp.sin(heads.logits(parameters, CONFIG, hidden)))
 
@@ -274,23 +274,29 @@ def test_a_sharded_cache_says_what_one_device_says(parameters, allocation):
     mesh = make_mesh(Allocation.parse(allocation))
     shardings = parameter_shardings(abstract_parameters(CONFIG), mesh)
     tokens, first_slot = draw_tokens(4, 6), jnp.zeros(4, jnp.int32)
-    state = cache.empty(CONFIG, 4, 8, jnp.float32)
+    partition = partition_for(mesh)
     sharded = jax.jit(
         functools.partial(
-            extend, config=CONFIG, start=jnp.int32(0), constrain=constrain_for(mesh)
+            extend, config=CONFIG, start=jnp.int32(0), partition=partition
         )
     )
-    found = sharded(
+    found, found_cache = sharded(
         jax.device_put(parameters, shardings),
         tokens=tokens,
         positions=positions_of(tokens),
-        cache=state,
+        cache=cache.empty(CONFIG, 4, 8, jnp.float32, partition),
         first_slot=first_slot,
     )
-    expected = step(
+    state = cache.empty(CONFIG, 4, 8, jnp.float32)
+    expected, expected_cache = step(
         parameters, tokens, positions_of(tokens), state, jnp.int32(0), first_slot
     )
     assert_trees_close(jax.device_get(found), expected)
+    # 2 key heads over 4 parts: each is there twice.
+    repeats = found_cache.keys.shape[2] // expected_cache.keys.shape[2]
+    assert repeats == (2 if allocation == "t4" else 1)
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=2), expected_cache)
+    assert_trees_close(jax.device_get(found_cache), repeated)
 
 
 def test_parameters_drawn_into_shardings_are_those_drawn_on_one_device():

@@ -58,6 +58,15 @@ def test_options_change_the_allocation_and_not_the_layout():
     assert plain.layout_key == split.layout_key
 
 
+def test_zero1_is_another_layout():
+    plain, cut = Allocation.parse("f4@0-3"), Allocation.parse("f4@0-3+zero1")
+    assert plain.layout_key != cut.layout_key
+
+
+def test_rows_are_split_over_data_fsdp_and_expert():
+    assert Allocation.parse("d2f3t5s7e11@0-2309").num_row_shards == 2 * 3 * 11
+
+
 @pytest.mark.parametrize("other", ["d2t2@4-7", "t4@0-3", "d2t2@3,2,1,0"])
 def test_layouts_differ_by_devices_order_and_strategy(other):
     allocation = Allocation.parse("d2t2@0-3")
@@ -79,9 +88,10 @@ def test_layouts_differ_by_devices_order_and_strategy(other):
         ("d2@0-x", "'0-x' is no device range"),
         ("d2@1-0", "runs backwards. Write 0-1"),
         ("d2@0,0", "\\[0\\] appear more than once"),
-        ("s2@0-1", "stage=2 is reserved: a pipeline"),
-        ("e2@0-1", "expert=2 is reserved: mixture"),
-        ("f2@0-1+zero1", "\\+zero1 is reserved: optimizer state"),
+        (
+            "d2@0-1+zero1",
+            "\\+zero1 cuts the optimizer's state over fsdp, and fsdp is 1",
+        ),
         ("f2@0-1+fast", "unknown option \\+fast. Options are: \\+sequence"),
     ],
 )

@@ -12,10 +12,10 @@ from realjax.parallel.mesh import make_mesh
 def test_tensor_neighbours_are_adjacent_devices():
     mesh = make_mesh(Allocation.parse("d2f2t2@0-7"))
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
-    # data is the slowest axis, then fsdp, then tensor.
-    np.testing.assert_array_equal(ids, [[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    # Of these, data is the slowest axis, then fsdp, then tensor.
+    np.testing.assert_array_equal(ids.squeeze(), [[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
+    assert mesh.axis_names == ("stage", "data", "fsdp", "expert", "tensor")
+    assert mesh.axis_types == (AxisType.Auto,) * 5
 
 
 def test_mesh_takes_the_devices_the_allocation_names_in_its_order():

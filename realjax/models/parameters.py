@@ -1,0 +1,173 @@
+"""The parameter tree of a model: its shapes, and its numbers at the start.
+
+Parameters are a plain nested dict whose layer leaves are stacked, [layer, ...], and
+those of experts [layer, expert, ...]. In memory the vocabulary and the stack may be
+padded, with zeros, so that a strategy's parts divide them.
+
+Matrices start as normal numbers of deviation 0.02, those that write to the residual
+stream divided by sqrt(2 L) (GPT-2's rule: L layers add 2 L terms to the stream), norms
+as what leaves a normalised vector alone, biases as zeros.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from realjax.core.arrays import Array, Key, PyTree
+from realjax.models import rotary
+from realjax.models.axes import Axes
+from realjax.models.block import INIT_DEVIATION, Block
+from realjax.models.config import ModelConfig
+
+
+class Parameter(NamedTuple):
+    """Shape and logical axes of one parameter; its master is float32.
+
+    Attributes:
+        shape: in memory.
+        axes: what each dimension is.
+        real_shape: without the padding, which lies at the end of a dimension.
+    """
+
+    shape: tuple[int, ...]
+    axes: Axes
+    real_shape: tuple[int, ...]
+
+
+def abstract_parameters(config: ModelConfig) -> PyTree:
+    """Return the parameter tree with a `Parameter` in the place of every array."""
+    width, vocab = config.width, ("vocab", config.vocab_size)
+
+    def leaf(*dimensions: tuple[str | None, int]) -> Parameter:
+        axes, sizes = zip(*dimensions, strict=True)
+        padded = {
+            "vocab": config.padded_vocab_size,
+            "layer": config.padded_num_layers,
+        }
+        shape = tuple(padded.get(name, size) for name, size in dimensions)
+        return Parameter(shape, axes, sizes)
+
+    tree: dict[str, Any] = {
+        "embedding": leaf(vocab, ("embed", width)),
+        "layers": jax.tree.map(
+            lambda dimensions: leaf(("layer", config.num_layers), *dimensions),
+            _layer(config),
+            is_leaf=lambda node: isinstance(node, tuple),
+        ),
+        "final_norm": {
+            name: leaf(*dimensions) for name, dimensions in _norm(config, width).items()
+        },
+    }
+    if config.positions == "learned":
+        places = (None, config.max_positions)
+        tree["position_embedding"] = leaf(places, ("embed", width))
+    if config.head == "scalar":
+        # Cut by width it would cut the hidden states, which are not.
+        tree["score"] = {"kernel": leaf(("norm", width), (None, 1))}
+    elif not config.tie_embeddings:
+        tree["head"] = {"kernel": leaf(("embed", width), vocab)}
+    return tree
+
+
+def _layer(config: ModelConfig) -> dict[str, Any]:
+    """Return the dimensions of one layer's leaves, (name, size) each."""
+    heads, kv_heads = ("heads", config.num_heads), ("kv_heads", config.num_kv_heads)
+    embed, head_dim = ("embed", config.width), ("head_dim", config.head_dim)
+
+    def linear(inputs: tuple, outputs: tuple, has_bias: bool) -> dict[str, tuple]:
+        if not has_bias:
+            return {"kernel": (*inputs, *outputs)}
+        # A bias of the residual stream is as small as a norm, and whole like one.
+        bias = tuple(
+            ("norm", n) if name == "embed" else (name, n) for name, n in outputs
+        )
+        return {"kernel": (*inputs, *outputs), "bias": bias}
+
+    attention: dict[str, Any] = {
+        name: linear((embed,), (number, head_dim), config.has_qkv_bias)
+        for name, number in (("query", heads), ("key", kv_heads), ("value", kv_heads))
+    }
+    attention["output"] = linear((heads, head_dim), (embed,), config.has_output_bias)
+    if config.has_query_key_norm:
+        attention |= {
+            name: {"scale": (head_dim,)} for name in ("query_norm", "key_norm")
+        }
+    layer = {
+        "attention_norm": _norm(config, config.width),
+        "attention": attention,
+        "mlp_norm": _norm(config, config.width),
+    }
+    if config.has_post_norms:
+        layer["attention_post_norm"] = _norm(config, config.width)
+        layer["mlp_post_norm"] = _norm(config, config.width)
+    mlp = ("mlp", config.mlp_width)
+    if config.moe is not None:
+        experts = ("expert", config.moe.num_experts)
+        layer["moe"] = {
+            "router": (embed, (None, config.moe.num_experts)),
+            "gate": (experts, embed, mlp),
+            "up": (experts, embed, mlp),
+            "down": (experts, mlp, embed),
+        }
+        return layer
+    has_bias = config.has_mlp_bias
+    layer["mlp"] = {
+        "up": linear((embed,), (mlp,), has_bias),
+        "down": linear((mlp,), (embed,), has_bias),
+    }
+    if config.is_gated:
+        layer["mlp"]["gate"] = linear((embed,), (mlp,), has_bias)
+    return layer
+
+
+def _norm(config: ModelConfig, size: int) -> dict[str, tuple]:
+    names = ("scale", "bias") if config.norm == "layer" else ("scale",)
+    return {name: (("norm", size),) for name in names}
+
+
+def init_parameters(config: ModelConfig, key: Key[Array, ""]) -> PyTree:
+    """Draw the parameters of a new model, float32.
+
+    Under `jax.jit` with `out_shardings` every device makes its own part, of the same
+    numbers, whatever the padding.
+    """
+    embedding_key, layers_key, head_key = jax.random.split(key, 3)
+    token = jnp.zeros((1, 1, config.width))
+    places = jnp.zeros((1, 1), jnp.int32)
+    turned = None
+    if config.positions == "rotary":
+        turned = rotary.rotation(config, places, places)
+
+    def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
+        return query, None  # Initialisation only needs the shape.
+
+    def layer(key: Array) -> PyTree:
+        is_token = jnp.ones((1, 1), bool)
+        return Block(config).init(key, token, turned, attend, is_token)["params"]
+
+    def normal(key: Array, *shape: int) -> Array:
+        return INIT_DEVIATION * jax.random.normal(key, shape, jnp.float32)
+
+    norm = {"scale": jnp.full(config.width, config.norm != "gemma", jnp.float32)}
+    if config.norm == "layer":
+        norm["bias"] = jnp.zeros(config.width, jnp.float32)
+    tree = {
+        "embedding": normal(embedding_key, config.vocab_size, config.width),
+        "layers": jax.vmap(layer)(jax.random.split(layers_key, config.num_layers)),
+        "final_norm": norm,
+    }
+    if config.positions == "learned":
+        position_key = jax.random.fold_in(embedding_key, 1)
+        shape = (config.max_positions, config.width)
+        tree["position_embedding"] = normal(position_key, *shape)
+    if config.head == "scalar":
+        tree["score"] = {"kernel": normal(head_key, config.width, 1)}
+    elif not config.tie_embeddings:
+        tree["head"] = {"kernel": normal(head_key, config.width, config.vocab_size)}
+    return jax.tree.map(_pad, tree, abstract_parameters(config))
+
+
+def _pad(array: Array, parameter: Parameter) -> Array:
+    sizes = zip(array.shape, parameter.shape, strict=True)
+    return jnp.pad(array, [(0, padded - size) for size, padded in sizes])
