@@ -12,13 +12,17 @@ The first token of a segment is given, not chosen: its log-probability and value
 as on padding.
 """
 
+import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_logprob import default_chunk_size, linear_logprob
+from pallas_kernels import linear_logprob as linear_logprob_lib
 from realjax.core.arrays import Array, Bool, Float, Int, UInt
 
+# (hidden [R, S, D], kernel [D, V], targets [R, S], **how) -> two of [R, S]
+LinearLogprob = Callable[..., tuple[Array, Array]]
 RowsOfNumbers = Float[Array, "R S"] | Int[Array, "R S"]
 
 
@@ -40,8 +44,11 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     kept: Int[Array, "R S C"] | UInt[Array, "R S C"] | None = None,
+    soft_cap: float | None = None,
+    vocab_size: int | None = None,
     constrain_kernel: Callable[[Array], Array] | None = None,
     chunk_size: int | None = None,
+    linear_logprob: LinearLogprob | None = None,
 ) -> tuple[Float[Array, "R S"], Float[Array, "R S"]]:
     """Return each token's log-probability, and the entropy it was chosen at.
 
@@ -56,10 +63,14 @@ def token_logprobs(
         temperature: the tokens were sampled at.
         kept: the set each token was chosen from (at its own place), as
             `sampling.sample` returns it; an empty set is the whole vocabulary.
+        soft_cap: logits become cap · tanh(logits / cap), before the division.
+        vocab_size: columns of the kernel past it are padding; None has none.
         constrain_kernel: sharding constraint that gathers the kernel, once and in the
             type of `hidden`; also put on its gradient.
         chunk_size: most tokens that are scored at a time, over all devices; None
             chooses.
+        linear_logprob: does the work on a mesh, with collectives of its own, in the
+            place of `constrain_kernel`; None is one device's, or the compiler's.
 
     Returns:
         Log-probabilities and entropies in nats, float32; 0 where no token was chosen.
@@ -68,26 +79,42 @@ def token_logprobs(
     # scores token 0, and is not looked at.
     tokens_ahead = jnp.roll(tokens, -1, axis=1)
     kept_ahead = None if kept is None else jnp.roll(kept, -1, axis=1)
-    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    if linear_logprob is None:
+        linear_logprob = functools.partial(
+            _flat_linear_logprob,
+            constrain_kernel=constrain_kernel,
+            chunk_size=_chunk_size(tokens.shape, kernel.shape[1], chunk_size),
+        )
     logprobs, entropy = linear_logprob(
-        flat(hidden),
+        hidden,
         kernel,
-        flat(tokens_ahead),
+        tokens_ahead,
         temperature=temperature,
-        kept=None if kept_ahead is None else flat(kept_ahead),
-        constrain_kernel=constrain_kernel,
-        chunk_size=_chunk_size(tokens.shape, kernel.shape[1], chunk_size),
+        kept=kept_ahead,
+        soft_cap=soft_cap,
+        vocab_size=vocab_size,
     )
     mask = is_chosen(segment_ids)
-    place = lambda x: jnp.where(mask, shift_right(x.reshape(tokens.shape)), 0.0)
+    place = lambda x: jnp.where(mask, shift_right(x), 0.0)
     return place(logprobs), place(entropy)
+
+
+def _flat_linear_logprob(hidden, kernel, targets, *, kept, **options):
+    """Score rows as one long row."""
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    scores = linear_logprob_lib.linear_logprob(
+        flat(hidden), kernel, flat(targets), kept=jax.tree.map(flat, kept), **options
+    )
+    return jax.tree.map(lambda x: x.reshape(targets.shape), scores)
 
 
 def _chunk_size(rows_shape, vocab_size: int, chunk_size: int | None) -> int:
     """Cut all rows at the same places, so that chunks are sharded as the rows are."""
     num_rows, num_places = rows_shape
     num_tokens = num_rows * num_places
-    chunk_size = chunk_size or default_chunk_size(num_tokens, vocab_size)
+    chunk_size = chunk_size or linear_logprob_lib.default_chunk_size(
+        num_tokens, vocab_size
+    )
     fewest = max(1, -(-num_tokens // chunk_size))
     cuts = (n for n in range(fewest, 2 * fewest + 1) if num_places % n == 0)
     return -(-num_tokens // next(cuts, fewest))
