@@ -122,7 +122,9 @@ def forward(
                 segment_ids_RS,
                 temperature=temperature,
                 kept=_kept_rows(batch.get("kept"), source),
-                constrain_kernel=lambda kernel: constrain(kernel, (None, "vocab")),
+                soft_cap=config.logit_soft_cap,
+                vocab_size=config.vocab_size,
+                linear_logprob=program.partition.linear_logprob,
             )
         return {
             "logprobs": unpack(logprobs_RS),

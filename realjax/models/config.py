@@ -210,6 +210,26 @@ class ModelConfig:
         """Layers of the stack in memory; those past `num_layers` do nothing."""
         return _padded(self.num_layers, self.layer_multiple)
 
+    def longest_sequence(self, *, is_sampled: bool) -> int:
+        """Return how many tokens a sequence may have.
+
+        Where rotations depend on a sequence's length, a token that is sampled is
+        rotated for the length so far, and in training for that of the whole sequence.
+        Log-probabilities would then differ, so what is sampled stays within the
+        original context, where all lengths are alike.
+
+        Args:
+            is_sampled: the model generates its sequences, and is trained or asked for
+                their log-probabilities afterwards.
+        """
+        scaling = self.rope_scaling
+        if scaling is None or not scaling.depends_on_length:
+            return self.max_positions
+        if is_sampled:
+            return min(self.max_positions, scaling.original_max_positions)
+        stretched = scaling.factor * scaling.original_max_positions
+        return max(self.max_positions, int(stretched))
+
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
         """The window of each layer."""

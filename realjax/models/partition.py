@@ -42,12 +42,15 @@ class Partition:
             are repeated until these divide them.
         run_layers: runs the stack.
         experts: applies the experts of a layer to the tokens that chose them.
+        linear_logprob: scores tokens with the language head, as
+            `rl.logprobs.token_logprobs` takes it; None is that of one device.
     """
 
     constrain: Constrain = unconstrained
     num_head_parts: int = 1
     run_layers: RunLayers = scan_layers
     experts: ApplyExperts = apply_experts
+    linear_logprob: Callable[..., tuple[Array, Array]] | None = None
 
     def num_kv_heads(self, num_kv_heads: int) -> int:
         """Key and value heads in activations and in the cache.
@@ -59,4 +62,3 @@ class Partition:
 
 
 WHOLE = Partition()
-

@@ -142,6 +142,8 @@ def padded_for(
 ) -> ModelConfig:
     """Pad the vocabulary and the stack of layers so that every strategy divides them.
 
+    The vocabulary also over fsdp, which cuts it while tokens are scored.
+
     Args:
         model_config: The model of one role.
         allocations: Of all calls of the role, so that they share one parameter tree.
@@ -149,7 +151,7 @@ def padded_for(
     allocations = tuple(allocations)
     return dataclasses.replace(
         model_config,
-        vocab_multiple=math.lcm(*(a.stage * a.tensor for a in allocations)),
+        vocab_multiple=math.lcm(*(a.stage * a.tensor * a.fsdp for a in allocations)),
         layer_multiple=math.lcm(*(a.stage for a in allocations)),
     )
 

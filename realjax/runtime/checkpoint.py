@@ -21,7 +21,7 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from realjax.core.arrays import PyTree
 from realjax.runtime import manifest, named_arrays
 
 type Arrays = Mapping[str, PyTree]
+type RealShapes = Mapping[str, Sequence[int | None]]
 type Path = str | os.PathLike[str]
 
 logger = logging.getLogger(__name__)
@@ -239,7 +240,9 @@ class Checkpointer:
             for name, (shape, dtype) in self._read_state(step)["arrays"].items()
         }
 
-    def restore(self, step: int, abstract: Arrays) -> dict[str, PyTree]:
+    def restore(
+        self, step: int, abstract: Arrays, *, real: RealShapes | None = None
+    ) -> dict[str, PyTree]:
         """Reads trees of a checkpoint, onto the shardings that are asked for.
 
         Args:
@@ -248,6 +251,9 @@ class Checkpointer:
                 needed. A leaf has a shape and a dtype; with a sharding (also of other
                 devices or another memory kind than when saved) it is read straight to
                 it, without one it becomes a numpy array.
+            real: of arrays with padding, which another allocation may need more or less
+                of: by name, the size of each dimension that may end in zeros, and None
+                for the others.
 
         Raises:
             NoCheckpointError: there is none of this step.
@@ -256,7 +262,7 @@ class Checkpointer:
         """
         self._check_files(step, checksums=True)
         wanted = named_arrays.flatten(abstract)
-        self._check_match(step, list(abstract), wanted)
+        self._check_match(step, list(abstract), wanted, real or {})
         stored = {name: leaf for name, leaf in wanted.items() if np.prod(leaf.shape)}
         found = self._read_arrays(step, stored) if stored else {}
         for name in wanted.keys() - stored.keys():
@@ -264,7 +270,10 @@ class Checkpointer:
         return named_arrays.unflatten(abstract, found)
 
     def restore_latest(
-        self, abstract: Arrays | Callable[[dict[str, Any]], Arrays]
+        self,
+        abstract: Arrays | Callable[[dict[str, Any]], Arrays],
+        *,
+        real: RealShapes | None = None,
     ) -> Restored:
         """Reads the last checkpoint that can be read.
 
@@ -273,6 +282,7 @@ class Checkpointer:
 
         Args:
             abstract: as for `restore`, or a function that makes it from the metadata.
+            real: as for `restore`.
 
         Raises:
             NoCheckpointError: there is none, or each is damaged.
@@ -283,7 +293,7 @@ class Checkpointer:
             try:
                 metadata = self.read_metadata(step)
                 trees = abstract(metadata) if callable(abstract) else abstract
-                arrays = self.restore(step, trees)
+                arrays = self.restore(step, trees, real=real)
             except DamagedCheckpointError as error:
                 damaged[step] = error
                 continue
@@ -410,7 +420,11 @@ class Checkpointer:
         )
 
     def _check_match(
-        self, step: int, trees: list[str], wanted: Mapping[str, Any]
+        self,
+        step: int,
+        trees: list[str],
+        wanted: Mapping[str, Any],
+        real: RealShapes,
     ) -> None:
         there = self.read_shapes(step)
         there = {name: x for name, x in there.items() if name.split("/")[0] in trees}
@@ -418,8 +432,7 @@ class Checkpointer:
             f"{name} is {x.dtype}{list(x.shape)} here and "
             f"{there[name].dtype}{list(there[name].shape)} there"
             for name, x in wanted.items()
-            if name in there
-            and (x.shape, x.dtype) != (there[name].shape, there[name].dtype)
+            if name in there and not _is_match(x, there[name], real.get(name))
         ]
         problems += [f"{name} is not there" for name in wanted if name not in there]
         problems += [f"{name} is only there" for name in there if name not in wanted]
@@ -432,6 +445,14 @@ class Checkpointer:
                 + (f"\n  and {more} more." if more > 0 else "")
                 + "\nUse the config that it was made with, or another work folder."
             )
+
+
+def _is_match(here: Any, there: Any, real: Sequence[int | None] | None) -> bool:
+    """Whether two arrays are alike but for the padding at the end of dimensions."""
+    if here.dtype != there.dtype or len(here.shape) != len(there.shape):
+        return False
+    sizes = zip(here.shape, there.shape, real or (None,) * here.ndim, strict=True)
+    return all(a == b or (n is not None and min(a, b) >= n) for a, b, n in sizes)
 
 
 def _shorten(error: Exception) -> str:

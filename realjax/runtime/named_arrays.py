@@ -47,12 +47,16 @@ def unflatten(trees: Trees, leaves: Mapping[str, Any]) -> dict[str, PyTree]:
 
 
 def restore_args(leaf: Any) -> ocp.RestoreArgs:
-    """How Orbax is to read a leaf: onto its sharding, or as numpy without one."""
+    """How Orbax is to read a leaf: onto its sharding, or as numpy without one.
+
+    Of another size than what is stored, it is cut or padded with zeros at its end; the
+    caller has checked that only padding is meant.
+    """
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
     return ocp.ArrayRestoreArgs(
-        sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
+        sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=False
     )
 
 

@@ -53,6 +53,30 @@ class ParameterStore:
             abstract, make_mesh(allocation), options=allocation.options
         )
 
+    def real_shapes(self, names: Collection[str]) -> dict[str, tuple[int | None, ...]]:
+        """Sizes without padding, None where there is never any.
+
+        Args:
+            names: paths of arrays that begin with their role and end with the path of a
+                parameter, as in "policy/optimizer/1/mu/layers/mlp/up/kernel".
+        """
+        found = {}
+        for role, config in self.models.items():
+            leaves = jax.tree_util.tree_leaves_with_path(
+                transformer.abstract_parameters(config),
+                is_leaf=lambda node: hasattr(node, "axes"),
+            )
+            for path, leaf in leaves:
+                end = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
+                real = tuple(
+                    size if axis in ("vocab", "layer") else None
+                    for axis, size in zip(leaf.axes, leaf.real_shape, strict=True)
+                )
+                for name in names:
+                    if name.startswith(f"{role}/") and name.endswith(end):
+                        found[name] = real
+        return found
+
     def set_train_state(self, role: str, state: TrainState) -> None:
         """Masters and optimizer state of a trained role, at its home."""
         self._trained[role] = state

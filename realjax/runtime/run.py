@@ -224,7 +224,10 @@ class Run:
             "algorithm": self.config.algorithm,
             "data": self.train_data.fingerprint(),
             "models": {
-                name: dataclasses.asdict(role.model)
+                # Padding follows the allocations, which may change.
+                name: dataclasses.asdict(
+                    dataclasses.replace(role.model, vocab_multiple=1, layer_multiple=1)
+                )
                 for name, role in self.roles.items()
             },
             "hp": _plain(dataclasses.asdict(self.hp)),
@@ -466,10 +469,11 @@ def _width(
         advice = "config.data.max_length"
     for name, role in roles.items():
         # Widths of data sets are rounded up to 8 themselves.
-        if width > _round_up(role.model.max_positions):
+        longest = role.model.longest_sequence(is_sampled=bool(generated))
+        if width > _round_up(longest):
             raise ValueError(
                 f"Sequences reach {width} tokens, and role {name!r} was made for "
-                f"{role.model.max_positions}. Lower {advice}."
+                f"{longest}. Lower {advice}."
             )
     return _round_up(width)
 

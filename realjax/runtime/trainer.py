@@ -22,7 +22,7 @@ from realjax.dataflow.draw import graph_svg
 from realjax.functions.function import Generate
 from realjax.functions.train import TrainState
 from realjax.models import hf
-from realjax.runtime import report
+from realjax.runtime import named_arrays, report
 from realjax.runtime.checkpoint import Checkpointer
 from realjax.runtime.console import Console
 from realjax.runtime.evaluation import Evaluation, evaluate
@@ -327,7 +327,8 @@ class Trainer:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             self._state(),
         )
-        found = self.checkpointer.restore_latest(abstract)
+        real = self.executor.store.real_shapes(named_arrays.flatten(abstract))
+        found = self.checkpointer.restore_latest(abstract, real=real)
         for role in self.run.graph.trained_roles:
             state = TrainState(**found.arrays[role])
             self.executor.store.set_train_state(role, state)

@@ -6,9 +6,10 @@ import math
 import jax
 import pytest
 
-from realjax.models.config import ModelConfig, RopeScaling
+from realjax.models.config import ModelConfig, MoEConfig, RopeScaling
 from realjax.models.families.llama import size
 from realjax.models.transformer import Parameter, abstract_parameters
+from tests.tiny_families import FAMILIES
 
 TINY = ModelConfig(
     vocab_size=11,
@@ -56,7 +57,16 @@ def test_fewer_key_heads_save_their_projections_but_no_scores():
         ({"num_kv_heads": 3}, "4 query heads do not split over 3"),
         ({"head_dim": 5}, "head_dim is 5; .* must be even"),
         ({"width": 0}, "width is 0; it must be at least 1"),
-        ({"head": "value"}, "head is 'value'"),
+        ({"head": "value"}, "head.*'value'"),
+        ({"norm": "batch"}, "norm.*'batch'"),
+        ({"activation": "selu"}, "activation.*'selu'"),
+        ({"window": 0}, "window is 0; .* at least 1"),
+        ({"window": 4, "windowed_layers": (True,)}, "1 entries for 2 layers"),
+        ({"windowed_layers": (True, False)}, "`window` is None"),
+        (
+            {"moe": MoEConfig(num_experts=2, top_k=1), "is_gated": False},
+            "Experts here are gated",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(change, message):
@@ -67,7 +77,11 @@ def test_sizes_that_do_not_fit_are_refused(change, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "yarn", "factor": 2.0}, "kind 'yarn' is not supported"),
+        ({"kind": "ntk", "factor": 2.0}, "kind 'ntk' is not supported"),
+        (
+            {"kind": "yarn", "factor": 2.0, "slow_turns": 40.0},
+            "slow_turns < fast_turns",
+        ),
         ({"kind": "linear", "factor": 0.5}, "factor 0.5; it must be at least 1"),
         (
             {"kind": "llama3", "factor": 2.0, "low_frequency_factor": 4.0},
@@ -78,3 +92,41 @@ def test_sizes_that_do_not_fit_are_refused(change, message):
 def test_rotary_scaling_that_makes_no_sense_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         RopeScaling(**fields)
+
+
+def test_longrope_needs_a_factor_for_each_pair_of_coordinates():
+    scaling = RopeScaling(
+        kind="longrope", short_factors=(1.0, 1.0), long_factors=(2.0,)
+    )
+    with pytest.raises(ValueError, match="1 long_factors for heads of width 4"):
+        dataclasses.replace(TINY, rope_scaling=scaling)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_experts": 2, "top_k": 3}, {"num_experts": 2, "top_k": 0}]
+)
+def test_a_token_goes_to_some_of_the_experts(fields):
+    with pytest.raises(ValueError, match=f"top_k is {fields['top_k']} of 2 experts"):
+        MoEConfig(**fields)
+
+
+@pytest.mark.parametrize(("name", "config"), FAMILIES.items())
+def test_num_parameters_is_the_size_of_the_tree_in_every_family(name, config):
+    padded = dataclasses.replace(config, vocab_multiple=8, layer_multiple=2)
+    for changed in (config, padded):
+        tree = abstract_parameters(changed)
+        leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Parameter))
+        real = sum(math.prod(leaf.real_shape) for leaf in leaves)
+        assert changed.num_parameters == real
+    # 61 ids and 3 layers, in rows and stacks of 64 and 4.
+    assert tree["embedding"].shape == (64, 32)
+    assert tree["layers"]["attention_norm"]["scale"].shape == (4, 32)
+
+
+def test_what_is_sampled_stays_where_rotations_do_not_depend_on_its_length():
+    scaling = RopeScaling(kind="dynamic", factor=4.0, original_max_positions=100)
+    config = dataclasses.replace(TINY, rope_scaling=scaling, max_positions=100)
+    assert config.longest_sequence(is_sampled=True) == 100
+    assert config.longest_sequence(is_sampled=False) == 400
+    plain = dataclasses.replace(TINY, max_positions=100)
+    assert plain.longest_sequence(is_sampled=False) == 100

@@ -1,5 +1,6 @@
 """Shardings: parameters and activations really lie in parts."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from realjax.models.config import ModelConfig
+from realjax.models.config import ModelConfig, MoEConfig
 from realjax.models.transformer import abstract_parameters
 from realjax.parallel import (
     Allocation,
@@ -16,6 +17,7 @@ from realjax.parallel import (
     check_fit,
     constrain_for,
     make_mesh,
+    padded_for,
     parameter_shardings,
     replicated,
     rows_sharding,
@@ -207,7 +209,33 @@ def test_check_fit_names_all_that_does_not_divide_and_what_would():
         "tensor=3 does not divide num_heads=8 (sizes up to 9 that do: 1, 2, 4, 8)"
         in (message)
     )
-    for problem in ("mlp_width=32", "vocab_size=64", "width=16", "microbatch=4"):
+    for problem in ("mlp_width=32", "width=16", "microbatch=4"):
         assert problem in message
-    # kv heads are replicated instead
+    # Key and value heads are replicated instead, and the vocabulary is padded.
     assert "num_kv_heads" not in message
+    assert "vocab_size" not in message
+
+
+def test_experts_are_split_only_where_a_model_has_them():
+    with pytest.raises(ValueError, match=r"splits experts over 2 parts.* has none"):
+        check_fit(Allocation.parse("e2"), CONFIG)
+    mixture = dataclasses.replace(CONFIG, moe=MoEConfig(num_experts=6, top_k=2))
+    check_fit(Allocation.parse("e2"), mixture)
+    with pytest.raises(ValueError, match="expert=4 does not divide num_experts=6"):
+        check_fit(Allocation.parse("e4"), mixture)
+
+
+def test_one_padding_serves_all_calls_of_a_role():
+    # Vocabulary over 6 parts (3 stages x 2) and over 4; layers over 3 stages.
+    allocations = [Allocation.parse(text) for text in ("s3t2", "t4", "d8")]
+    padded = padded_for(CONFIG, allocations)
+    assert (padded.vocab_size, padded.padded_vocab_size) == (64, 72)
+    assert (padded.num_layers, padded.padded_num_layers) == (2, 3)
+    assert padded_for(CONFIG, allocations[1:]).padded_vocab_size == 64
+
+
+def test_zero1_cuts_no_parameter_over_fsdp():
+    abstract, mesh = abstract_parameters(CONFIG), mesh_of("f4t2")
+    options = frozenset({"zero1"})
+    whole = bytes_per_device(abstract, mesh_of("d4t2"))
+    assert bytes_per_device(abstract, mesh, options=options) == whole
