@@ -16,11 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from realjax.core.arrays import Array, PyTree
 from realjax.models import layout
 from realjax.models.layout import Stored
+
+SMALL_BYTES = 16 * 2**20
+"""Of a parameter that is copied to the host whole, which compiles nothing."""
 
 BARRIER_SECONDS = 3600
 """How long a process waits for the others; they may be writing a large model."""
@@ -78,9 +81,9 @@ def gather(
     """
     parts: dict[int, np.ndarray] = {}
     for source in sources:
-        item = _item(source, is_wanted)
+        item = _item(source, dtype, is_wanted)
         if item is not None:
-            stored = layout.to_stored(source.tensor, item.astype(dtype, copy=False))
+            stored = layout.to_stored(source.tensor, item)
             parts[source.tensor.part[1] if source.tensor.part else 0] = stored
     return layout.join_parts(parts, sources[0].tensor) if is_wanted else None
 
@@ -123,71 +126,57 @@ def wait_for_all(name: str) -> None:
     client.wait_at_barrier(name, timeout_in_ms=1000 * BARRIER_SECONDS)
 
 
-def _item(source: Source, is_wanted: bool) -> np.ndarray | None:
+def _item(source: Source, dtype: np.dtype, is_wanted: bool) -> np.ndarray | None:
     """Gather an item; its padding is cut off."""
     array, cut = source.array, tuple(map(slice, source.shape))
-    if not isinstance(array, jax.Array):
-        return np.asarray(array)[source.index][cut] if is_wanted else None
-    if array.is_fully_addressable:
-        return _from_shards(array, source.index)[cut] if is_wanted else None
+    is_ours = not isinstance(array, jax.Array) or array.is_fully_addressable
+    if is_ours and not is_wanted:
+        return None
+    if not isinstance(array, jax.Array) or (is_ours and array.nbytes <= SMALL_BYTES):
+        return np.asarray(array)[source.index][cut].astype(dtype, copy=False)
     if not array.sharding.addressable_devices:
         return None
-    index = np.asarray(source.index, np.int32)
-    whole = _replicated_item(array, index, len(source.index), array.sharding)
-    return np.asarray(whole.addressable_data(0))[cut] if is_wanted else None
+    order = source.tensor.order
+    item = _item_on_devices(
+        array,
+        np.asarray(source.index, np.int32),
+        order,
+        dtype,
+        _item_sharding(array, order, is_replicated=not is_ours),
+    )
+    if not is_wanted:
+        return None
+    host = np.asarray(item if is_ours else item.addressable_data(0))
+    return host.transpose(np.argsort(order))[cut]
 
 
-def _from_shards(array: Array, index: tuple[int, ...]) -> np.ndarray:
-    """Put an item together from shards of this process."""
-    lead = len(index)
-    item: np.ndarray | None = None
-    seen = set()
-    for shard in array.addressable_shards:
-        bounds = [
-            s.indices(n)[:2] for s, n in zip(shard.index, array.shape, strict=True)
-        ]
-        stacked, inner = bounds[:lead], tuple(bounds[lead:])
-        holds = all(a <= i < b for i, (a, b) in zip(index, stacked, strict=True))
-        if not holds or inner in seen:
-            continue
-        seen.add(inner)
-        local = tuple(i - a for i, (a, _) in zip(index, stacked, strict=True))
-        part = _to_host(shard.data, local)
-        if part.shape == array.shape[lead:]:
-            return part
-        if item is None:
-            item = np.empty(array.shape[lead:], array.dtype)
-        item[tuple(slice(*bound) for bound in inner)] = part
-    assert item is not None  # Some shard holds every index.
-    return item
+def _item_sharding(
+    array: Array, order: tuple[int, ...], *, is_replicated: bool
+) -> Sharding | None:
+    """Return how an item lies on the devices: as in the array, or whole on each."""
+    sharding = array.sharding
+    if not isinstance(sharding, NamedSharding):
+        return None
+    spec = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
+    lead = array.ndim - len(order)
+    inner = [None if is_replicated else spec[lead + dimension] for dimension in order]
+    return NamedSharding(sharding.mesh, PartitionSpec(*inner))
 
 
-def _to_host(data: Array, index: tuple[int, ...]) -> np.ndarray:
-    """Copy an item of a shard to the host, or look at it where it is there already."""
-    if data.sharding.is_fully_addressable and _is_host(data):
-        return np.asarray(data)[index]
-    # Of a new array: an array keeps the host copy that was once made of it.
-    return np.asarray(_local_item(data, np.asarray(index, np.int32), len(index)))
-
-
-def _is_host(data: Array) -> bool:
-    return all(device.platform == "cpu" for device in data.sharding.device_set)
-
-
-def _take(array: Array, index: Array, num_stacked: int) -> Array:
-    for dimension in range(num_stacked):
-        array = jax.lax.dynamic_index_in_dim(array, index[dimension], keepdims=False)
-    return jnp.copy(array)
-
-
-_local_item = functools.partial(jax.jit, static_argnums=2)(_take)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _replicated_item(
-    array: Array, index: Array, num_stacked: int, sharding: NamedSharding
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _item_on_devices(
+    array: Array,
+    index: Array,
+    order: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: Sharding | None,
 ) -> Array:
-    """Bring an item to every device."""
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-    item = _take(array, index, num_stacked)
-    return jax.lax.with_sharding_constraint(item, everywhere)
+    """Take an item of the stack, lay it out and cast it: devices do that faster."""
+    for place in index:
+        array = jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
+    # A copy, even if there is nothing to do: an array keeps the host copy that was
+    # once made of it, and this one is soon gone.
+    item = jnp.copy(array.transpose(order).astype(dtype))
+    if sharding is None:
+        return item
+    return jax.lax.with_sharding_constraint(item, sharding)

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -21,18 +20,32 @@ from jax.typing import DTypeLike
 
 from realjax.core.arrays import Array, Key, PyTree
 from realjax.models import layout
+from realjax.models.block import INIT_DEVIATION
+from realjax.models.byte_ranges import FLOATS
 from realjax.models.config import ModelConfig
 from realjax.models.families import family
+from realjax.models.gathering import (
+    Source,
+    gather,
+    processes_of,
+    stored_sources,
+    wait_for_all,
+)
 from realjax.models.layout import Box, Stored
-from realjax.models.tensor_files import TensorFiles, write_tensors
-from realjax.models.transformer import (
-    INIT_DEVIATION,
-    Parameter,
-    abstract_parameters,
+from realjax.models.parameters import Parameter, abstract_parameters
+from realjax.models.streaming import Reader, stream
+from realjax.models.tensor_files import TensorFiles
+from realjax.models.tensor_writer import (
+    PlannedFile,
+    check_stored_dtype,
+    plan_files,
+    write_file,
+    write_index,
 )
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+ROLE_FIELD = "realjax_role"
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -52,6 +65,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         ValueError: if a field's value is not supported; the message names the field.
     """
     fields = _read_fields(Path(folder))
+    fields.pop(ROLE_FIELD, None)
     try:
         return family(str(fields.get("model_type"))).read_config(fields)
     except (ValueError, TypeError) as error:
@@ -59,11 +73,17 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def write_config(
-    folder: str | Path, config: ModelConfig, *, dtype: DTypeLike = jnp.float32
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    role: str | None = None,
 ) -> None:
     """Write config.json, and for language models generation_config.json."""
     module = family(config.family)
     fields = module.write_config(config) | {"dtype": jnp.dtype(dtype).name}
+    if role is not None:
+        fields[ROLE_FIELD] = role
     _write_json(Path(folder) / CONFIG_FILE, fields)
     if config.head == "language":
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -116,7 +136,7 @@ def load(
     if _is_new_head(own, config):
         new_head_sharding = wanted.pop("score")["kernel"]
     abstract, stored = _read_trees(own, config)
-    with TensorFiles(folder) as files:
+    with TensorFiles(folder, _needed_shapes(abstract, stored)) as files:
         _check_tensors(files, config, abstract, stored)
         parameters = jax.tree.map(
             lambda parameter, tensor, sharding: _load_parameter(
@@ -143,8 +163,9 @@ def check(
         FileNotFoundError, ValueError: as `load` does.
     """
     own, config = _wanted_config(folder, config, head)
-    with TensorFiles(folder) as files:
-        _check_tensors(files, config, *_read_trees(own, config))
+    abstract, stored = _read_trees(own, config)
+    with TensorFiles(folder, _needed_shapes(abstract, stored)) as files:
+        _check_tensors(files, config, abstract, stored)
 
 
 def save(
@@ -153,6 +174,7 @@ def save(
     parameters: PyTree,
     *,
     tokenizer: SavesItself | None = None,
+    role: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: DTypeLike = jnp.float32,
 ) -> None:
@@ -162,35 +184,63 @@ def save(
     process killed at any moment leaves the old checkpoint, if any, or the new one
     (between two renames: the old one as `.NAME.old`), never half of one.
 
+    In a run of several processes all of them call this, with a folder that all of them
+    see; each writes some of the files.
+
     Args:
         folder: to make or, if it is a checkpoint already, to replace.
         config: of the model.
-        parameters: on any devices of this process.
+        parameters: on any devices, also of several processes.
         tokenizer: saved into the folder too.
+        role: what the model was trained to be, noted in config.json; see `read_role`.
         max_shard_bytes: of one safetensors file; a larger tensor gets its own.
         dtype: to store; float32 keeps the masters exactly.
 
     Raises:
         FileExistsError: if the folder holds something that is not a checkpoint.
-        ValueError: if the parameters are not those of the config.
+        ValueError: if the parameters are not those of the config, or cannot be stored
+            as `dtype`.
     """
-    folder = Path(os.path.abspath(folder))
+    folder, dtype = Path(os.path.abspath(folder)), jnp.dtype(dtype)
+    check_stored_dtype(dtype)
     _refuse_other_content(folder)
     _check_parameters(config, parameters)
+    sources = _stored_sources(config, parameters)
+    shapes = [
+        (name, layout.stored_shape(parts[0].tensor, parts[0].shape))
+        for name, parts in sources.items()
+    ]
+    plan = plan_files(shapes, dtype, max_shard_bytes)
+    writers = processes_of(parameters)
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_config(partial, config, dtype=dtype)
-    tensors = _stored_arrays(config, parameters, jnp.dtype(dtype))
-    write_tensors(partial, tensors, max_shard_bytes=max_shard_bytes)
-    if tokenizer is not None:
-        tokenizer.save(partial)
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    is_first = jax.process_index() == writers[0]
+    if is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_config(partial, config, dtype=dtype, role=role)
+        write_index(partial, plan, dtype)
+        if tokenizer is not None:
+            tokenizer.save(partial)
+    wait_for_all(f"{folder}: begun")
+    _check_shared(partial)
+    for number, planned in enumerate(plan):
+        parts = [sources[name] for name in planned.shapes]
+        _write_planned(partial, planned, parts, dtype, writers[number % len(writers)])
+    wait_for_all(f"{folder}: written")
+    if is_first:
+        _replace(folder, partial)
+    wait_for_all(f"{folder}: done")
+
+
+def read_role(folder: str | Path) -> str | None:
+    """Return what a checkpoint says its model was trained to be, if it says that.
+
+    Critics and reward models are the same to `transformers`: a model for sequence
+    classification with one label. realjax notes in config.json which it saved; the
+    numbers of a critic are values of tokens, those of a reward model scores of whole
+    texts.
+    """
+    return _read_fields(Path(folder)).get(ROLE_FIELD)
 
 
 def _is_parameter(x: Any) -> bool:
@@ -251,17 +301,23 @@ def _read_trees(own: ModelConfig, config: ModelConfig) -> tuple[PyTree, PyTree]:
     return abstract, stored
 
 
-def _check_tensors(
-    files: TensorFiles, config: ModelConfig, abstract: PyTree, stored: PyTree
-) -> None:
-    """Compare names and shapes of all tensors with what the config needs."""
+def _needed_shapes(abstract: PyTree, stored: PyTree) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of all stored tensors."""
     needed: dict[str, tuple[int, ...]] = {}
     parameters = jax.tree.leaves(abstract, is_leaf=_is_parameter)
     tensors = jax.tree.leaves(stored, is_leaf=_is_stored)
     for parameter, tensor in zip(parameters, tensors, strict=True):
-        shape = _real_shape(parameter)
+        shape = parameter.real_shape
         for name in tensor.names(shape):
             needed[name] = layout.stored_shape(tensor, shape[tensor.num_stacked :])
+    return needed
+
+
+def _check_tensors(
+    files: TensorFiles, config: ModelConfig, abstract: PyTree, stored: PyTree
+) -> None:
+    """Compare names, shapes and types of all tensors with what the config needs."""
+    needed = _needed_shapes(abstract, stored)
     if missing := sorted(needed.keys() - files.names):
         raise ValueError(
             f"{files.folder} lacks {len(missing)} of {len(needed)} tensors that its"
@@ -285,6 +341,7 @@ def _check_tensors(
                 f"{files.path(name)}: tensor {name!r} has shape {files.shape(name)},"
                 f" but the config needs {shape}."
             )
+        files.check_dtype(name)
 
 
 def _load_parameter(
@@ -295,29 +352,28 @@ def _load_parameter(
     dtype: np.dtype,
 ) -> Array:
     """Read every addressable device's part of a parameter, equal parts once."""
-    parts: dict[tuple, np.ndarray] = {}
+    lead = tensor.num_stacked
+    found = {FLOATS[files.dtype(name)] for name in tensor.names(parameter.real_shape)}
+    # Narrow types travel as they are, if all have the same.
+    is_narrow = len(found) == 1 and min(d.itemsize for d in found) < dtype.itemsize
+    read_dtype = found.pop() if is_narrow else dtype
 
-    def read(box: Box | None) -> np.ndarray:
-        assert box is not None  # Only arrays without a shape have no box.
-        bounds = tuple(
-            s.indices(n)[:2] for s, n in zip(box, parameter.shape, strict=True)
+    def read(box: Box) -> np.ndarray:
+        return layout.read_parameter(
+            tensor, parameter.real_shape, box, files.read, read_dtype
         )
-        if bounds not in parts:
-            parts[bounds] = layout.read_parameter(
-                tensor,
-                _real_shape(parameter),
-                tuple(slice(*bound) for bound in bounds),
-                files.read,
-                dtype,
-            )
-        return parts[bounds]
 
-    return jax.make_array_from_callback(parameter.shape, sharding, read, dtype)
-
-
-def _real_shape(parameter: Parameter) -> tuple[int, ...]:
-    """Shape without padding."""
-    return getattr(parameter, "real_shape", None) or parameter.shape
+    order = (*range(lead), *(lead + dimension for dimension in tensor.order))
+    reader = Reader(
+        shape=parameter.shape,
+        dtype=dtype,
+        read=read,
+        read_dtype=read_dtype,
+        order=order,
+        # Items are stored apart; of an item, the major dimension lies in whole blocks.
+        cuts=order[: lead + 1],
+    )
+    return stream(reader, sharding)
 
 
 def _draw_scalar_head(
@@ -330,30 +386,49 @@ def _draw_scalar_head(
     return jax.jit(draw, out_shardings=sharding)(key)
 
 
-def _stored_arrays(
-    config: ModelConfig, parameters: PyTree, dtype: np.dtype
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield name and array of every stored tensor, one parameter after the other."""
+def _stored_sources(config: ModelConfig, parameters: PyTree) -> dict[str, list[Source]]:
+    """Return what every stored tensor is made of."""
     stored = family(config.family).stored_tensors(config)
     tensors, structure = jax.tree.flatten(stored, is_leaf=_is_stored)
     arrays = structure.flatten_up_to(parameters)
     abstract = structure.flatten_up_to(abstract_parameters(config))
-    leaves = list(zip(tensors, arrays, abstract, strict=True))
-    for name in dict.fromkeys(tensor.name for tensor in tensors):
-        group = [leaf for leaf in leaves if leaf[0].name == name]
-        hosts = [
-            (tensor, np.asarray(array)[tuple(map(slice, _real_shape(parameter)))])
-            for tensor, array, parameter in group
-        ]
-        first, whole = hosts[0]
-        for index in np.ndindex(whole.shape[: first.num_stacked]):
-            parts = {
-                tensor.part[1] if tensor.part else 0: layout.to_stored(
-                    tensor, np.asarray(host[index], dtype)
-                )
-                for tensor, host in hosts
-            }
-            yield first.item_name(index), layout.join_parts(parts, first)
+    shapes = [parameter.real_shape for parameter in abstract]
+    return stored_sources(list(zip(tensors, arrays, shapes, strict=True)))
+
+
+def _write_planned(
+    folder: Path,
+    planned: PlannedFile,
+    parts: list[list[Source]],
+    dtype: np.dtype,
+    owner: int,
+) -> None:
+    """Write a file, if this process is its owner, of what all gather."""
+    is_owner = jax.process_index() == owner
+    arrays = (gather(sources, dtype, is_wanted=is_owner) for sources in parts)
+    if is_owner:
+        write_file(folder, planned, cast(Any, arrays), dtype)
+        return
+    for _ in arrays:
+        pass
+
+
+def _check_shared(partial: Path) -> None:
+    if not (partial / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"Process {jax.process_index()} does not see the folder {partial} that"
+            " another process has made. Save to a file system that all processes share."
+        )
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Give a finished folder its name."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_parameters(config: ModelConfig, parameters: PyTree) -> None:

@@ -54,6 +54,11 @@ class Stored(NamedTuple):
         """Dimensions of ours that the name stands for."""
         return ("{layer}" in self.name) + ("{expert}" in self.name)
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Dimensions of an item in the order in which they are stored."""
+        return tuple(dimension for group in self.groups for dimension in group)
+
     def item_name(self, index: Sequence[int]) -> str:
         """Name of the tensor at an index of the first `num_stacked` dimensions."""
         places = [place for place in ("layer", "expert") if f"{{{place}}}" in self.name]
@@ -79,8 +84,7 @@ def stored_shape(stored: Stored, shape: Sequence[int]) -> tuple[int, ...]:
 
 def to_stored(stored: Stored, array: np.ndarray) -> np.ndarray:
     """Lay out an item as the stored tensor, or as its part of it."""
-    order = [d for group in stored.groups for d in group]
-    merged = array.transpose(order).reshape(_part_shape(stored, array.shape))
+    merged = array.transpose(stored.order).reshape(_part_shape(stored, array.shape))
     return np.ascontiguousarray(merged)
 
 
@@ -134,8 +138,7 @@ def read_box(
         cut = stored_box[dimension]
         stored_box[dimension] = slice(first + cut.start, first + cut.stop)
     part = read(tuple(stored_box)).reshape(read_shape)[tuple(cuts)]
-    order = [d for group in stored.groups for d in group]
-    return part.transpose(np.argsort(order))
+    return part.transpose(np.argsort(stored.order))
 
 
 def read_parameter(
@@ -156,15 +159,18 @@ def read_parameter(
         dtype: of the result.
 
     Returns:
-        The part wanted, with zeros where there is padding.
+        The part wanted, with zeros where there is padding; in memory its dimensions
+        are in the order in which they are stored.
     """
-    sizes = [s.stop - s.start for s in box]
     inside = [slice(s.start, min(s.stop, n)) for s, n in zip(box, shape, strict=True)]
-    if any(s.stop <= s.start for s in inside):
-        return np.zeros(sizes, dtype)
-    is_padded = inside != list(box)
-    result = np.zeros(sizes, dtype) if is_padded else np.empty(sizes, dtype)
     lead = stored.num_stacked
+    order = [*range(lead), *(lead + dimension for dimension in stored.order)]
+    sizes = [box[dimension].stop - box[dimension].start for dimension in order]
+    is_padded = inside != list(box)
+    whole = np.zeros(sizes, dtype) if is_padded else np.empty(sizes, dtype)
+    result = whole.transpose(np.argsort(order))
+    if any(s.stop <= s.start for s in inside):
+        return result
     filled = tuple(slice(0, s.stop - s.start) for s in inside[lead:])
     for index in itertools.product(*(range(s.start, s.stop) for s in inside[:lead])):
         name = stored.item_name(index)

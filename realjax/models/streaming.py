@@ -11,11 +11,11 @@ device's shard at a time, written in place.
 Parts that lie side by side in the array are read together, and each once.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,47 +25,65 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from realjax.core.arrays import Array
 from realjax.models.layout import Box
 
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 16 * 2**20
 """Of an array that are read at a time, for all devices of a process together."""
 
 Bounds = tuple[tuple[int, int], ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reader:
+    """What is known of an array that is to be read.
+
+    Attributes:
+        shape: of the whole array.
+        dtype: it shall have.
+        read: reads a part; every slice has a start and a stop.
+        read_dtype: of what `read` gives; cast on the devices.
+        order: its dimensions, as they lie in memory in what `read` gives. Devices put
+            them in order, as they do that faster.
+        cuts: dimensions to cut chunks along, first those that cost least to cut.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Box], np.ndarray]
+    read_dtype: np.dtype
+    order: tuple[int, ...]
+    cuts: tuple[int, ...] = ()
+
+
 def stream(
-    shape: tuple[int, ...],
-    sharding: Sharding,
-    read: Callable[[Box], np.ndarray],
-    dtype: np.dtype,
-    *,
-    order: Sequence[int] = (),
-    chunk_bytes: int = CHUNK_BYTES,
+    reader: Reader, sharding: Sharding, *, chunk_bytes: int = CHUNK_BYTES
 ) -> Array:
-    """Make an array of the parts that `read` gives.
+    """Make an array of the parts that are read.
 
     All processes whose devices are in the sharding must call this; each reads what its
     own devices hold.
 
     Args:
-        shape: of the whole array.
+        reader: of the array.
         sharding: of the array.
-        read: reads a part; every slice has a start and a stop.
-        dtype: of the array, and of what is read.
-        order: dimensions to cut chunks along, first those that cost least to cut.
         chunk_bytes: of a chunk, for all devices of a process together.
     """
+    shape, dtype = reader.shape, reader.dtype
     if not sharding.addressable_devices:
         return jax.make_array_from_single_device_arrays(
             shape, sharding, [], dtype=dtype
         )
     shard_shape = sharding.shard_shape(shape)
     num_elements = chunk_bytes // (_most_local_devices(sharding) * dtype.itemsize)
-    chunk_shape = cut_shape(shard_shape, order, num_elements)
+    chunk_shape = cut_shape(shard_shape, reader.cuts, num_elements)
     if chunk_shape == shard_shape or not _can_fill(sharding):
-        return _place(shape, shard_shape, sharding, read, dtype, shard_shape)
+        as_it_is = dataclasses.replace(reader, order=tuple(range(len(shape))))
+        whole = _Chunks(as_it_is, sharding, shard_shape, shard_shape)
+        return whole.place((0,) * len(shape), dtype)
+    chunks = _Chunks(reader, sharding, shard_shape, chunk_shape)
     array = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
-    for start in _starts(shard_shape, chunk_shape):
-        chunk = _place(shape, chunk_shape, sharding, read, dtype, shard_shape, start)
-        array = _fill(array, chunk, np.asarray(start, np.int32), sharding)
+    for start in chunks.starts():
+        chunk = chunks.place(start, reader.read_dtype)
+        first = np.asarray(start, np.int32)
+        array = _fill(array, chunk, first, reader.order, sharding)
         # Otherwise chunks pile up on the host faster than devices take them.
         jax.block_until_ready(array)
     return array
@@ -147,56 +165,83 @@ def _can_fill(sharding: Sharding) -> bool:
     )
 
 
-def _starts(
-    shard_shape: tuple[int, ...], chunk_shape: tuple[int, ...]
-) -> Sequence[tuple[int, ...]]:
-    """Where chunks start in a shard; the last of a row is moved back to fit."""
-    axes = [
-        [min(start, n - size) for start in range(0, n, size)]
-        for n, size in zip(shard_shape, chunk_shape, strict=True)
-    ]
-    return list(itertools.product(*axes))
+class _Chunks:
+    """The same part of every shard, as an array of its own."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        sharding: Sharding,
+        shard_shape: tuple[int, ...],
+        chunk_shape: tuple[int, ...],
+    ):
+        self.reader, self.shard_shape = reader, shard_shape
+        self.chunk_shape = chunk_shape
+        self.sharding = _permuted(sharding, reader.order)
+        shape = [
+            n // shard * size
+            for n, shard, size in zip(
+                reader.shape, shard_shape, chunk_shape, strict=True
+            )
+        ]
+        self.shape = tuple(shape[dimension] for dimension in reader.order)
+
+    def starts(self) -> list[tuple[int, ...]]:
+        """Where chunks start in a shard; the last of a row is moved back to fit."""
+        axes = [
+            [min(start, n - size) for start in range(0, n, size)]
+            for n, size in zip(self.shard_shape, self.chunk_shape, strict=True)
+        ]
+        return list(itertools.product(*axes))
+
+    def place(self, start: tuple[int, ...], dtype: np.dtype) -> Array:
+        """Read the chunks at a place of the shards, and put each on its device."""
+        indices = self.sharding.addressable_devices_indices_map(self.shape).values()
+        wanted = [self._bounds(index, start) for index in indices if index is not None]
+        parts = read_parts(wanted, self.reader.read)
+
+        def take(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # Only arrays without a shape have no index.
+            part = parts[self._bounds(index, start)].transpose(self.reader.order)
+            return np.ascontiguousarray(part, dtype)
+
+        return jax.make_array_from_callback(self.shape, self.sharding, take, dtype)
+
+    def _bounds(self, index: tuple[slice, ...], start: tuple[int, ...]) -> Bounds:
+        """Return the part of the whole array for a device, by its place in chunks."""
+        bounds = [(0, 0)] * len(start)
+        for dimension, part in zip(self.reader.order, index, strict=True):
+            size = self.chunk_shape[dimension]
+            number = (part.start or 0) // size
+            first = number * self.shard_shape[dimension] + start[dimension]
+            bounds[dimension] = (first, first + size)
+        return tuple(bounds)
 
 
-def _place(
-    shape: tuple[int, ...],
-    chunk_shape: tuple[int, ...],
+def _permuted(sharding: Sharding, order: tuple[int, ...]) -> Sharding:
+    """Return the sharding of an array whose dimensions are in another order."""
+    if not isinstance(sharding, NamedSharding) or order == tuple(range(len(order))):
+        return sharding
+    return NamedSharding(sharding.mesh, _permuted_spec(sharding.spec, order))
+
+
+def _permuted_spec(spec: PartitionSpec, order: tuple[int, ...]) -> PartitionSpec:
+    entries = [*spec, *[None] * (len(order) - len(spec))]
+    return PartitionSpec(*(entries[dimension] for dimension in order))
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+def _fill(
+    array: Array,
+    chunk: Array,
+    start: Array,
+    order: tuple[int, ...],
     sharding: Sharding,
-    read: Callable[[Box], np.ndarray],
-    dtype: np.dtype,
-    shard_shape: tuple[int, ...],
-    start: tuple[int, ...] | None = None,
 ) -> Array:
-    """Put the same part of every shard on its device, as one array of its own."""
-    start = start or (0,) * len(shape)
-
-    def bounds_of(index: tuple[slice, ...], sizes: tuple[int, ...]) -> Bounds:
-        """The part of the whole array for a device, by its place in an array."""
-        return tuple(
-            (
-                s.indices(n)[0] // size * shard + first,
-                s.indices(n)[0] // size * shard + first + size,
-            )
-            for s, n, size, shard, first in zip(
-                index, sizes, chunk_shape, shard_shape, start, strict=True
-            )
-        )
-
-    chunks = tuple(
-        n // shard * size
-        for n, shard, size in zip(shape, shard_shape, chunk_shape, strict=True)
-    )
-    indices = sharding.addressable_devices_indices_map(chunks).values()
-    parts = read_parts([bounds_of(index, chunks) for index in indices if index], read)
-    take: Any = lambda index: parts[bounds_of(index, chunks)]
-    return jax.make_array_from_callback(chunks, sharding, take, dtype)
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _fill(array: Array, chunk: Array, start: Array, sharding: Sharding) -> Array:
     """Write every shard's chunk into the shard."""
 
     def write(shard: Array, part: Array, start: Array) -> Array:
+        part = part.transpose(np.argsort(order)).astype(shard.dtype)
         return jax.lax.dynamic_update_slice(shard, part, tuple(start))
 
     if not isinstance(sharding, NamedSharding):
@@ -204,7 +249,7 @@ def _fill(array: Array, chunk: Array, start: Array, sharding: Sharding) -> Array
     return jax.shard_map(
         write,
         mesh=sharding.mesh,
-        in_specs=(sharding.spec, sharding.spec, PartitionSpec()),
+        in_specs=(sharding.spec, _permuted_spec(sharding.spec, order), PartitionSpec()),
         out_specs=sharding.spec,
         check_vma=False,
     )(array, chunk, start)

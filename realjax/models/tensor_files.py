@@ -1,24 +1,39 @@
-"""Folders of safetensors files: reading parts of tensors, writing sharded sets.
+"""Folders of tensor files: which tensor is in which, and reading parts of tensors.
 
-A folder holds one `model.safetensors`, or several files and an index that says which
-tensor is in which.
+A folder holds one file, or several and an index that says which tensor is in which:
+
+    model.safetensors     or  model.safetensors.index.json, model-00001-of-00003.…
+    pytorch_model.bin     or  pytorch_model.bin.index.json, pytorch_model-00001-of-…
+
+Where there are several kinds, the first of these is read. A safetensors file is eight
+bytes that say how long its header is, the header (JSON: type, shape and bytes of every
+tensor), and the tensors.
 """
 
 import json
+import math
+import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from realjax.models import torch_files
+from realjax.models.byte_ranges import FLOATS, ByteRanges, TensorPlace
 from realjax.models.layout import Box
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TORCH_SINGLE_FILE = "pytorch_model.bin"
+TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_MAX_HEADER_BYTES = 100 * 2**20  # The limit of the format's own reader.
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+}
 
 
 class TensorFiles:
@@ -27,22 +42,25 @@ class TensorFiles:
     Opening checks every file: that it is there, whole, and holds what the index says.
     """
 
-    def __init__(self, folder: str | Path):
-        """Open every file of a checkpoint folder."""
+    def __init__(self, folder: str | Path, needed: Iterable[str] = ()):
+        """Open a checkpoint folder.
+
+        Args:
+            folder: of the files.
+            needed: names of tensors that will be read, so that the message about a
+                file of which nothing can be read says what is missing.
+        """
         self.folder = Path(folder)
-        self._files: list[Any] = []
-        self._slices: dict[str, Any] = {}
-        self._paths: dict[str, Path] = {}
-        wanted = _read_index(self.folder)
-        try:
-            for path in sorted(set(wanted.values())):
-                self._open(path, {name for name, p in wanted.items() if p == path})
-        except BaseException:
-            self.close()
-            raise
+        self._ranges = ByteRanges()
+        self._places: dict[str, TensorPlace] = {}
+        single_file, index, weight_map = _find_files(self.folder)
+        files = sorted(set(weight_map.values())) if index else [single_file]
+        for file in files:
+            wanted = {name for name, where in weight_map.items() if where == file}
+            self._open(self.folder / file, wanted, wanted or set(needed), index)
 
     def __enter__(self) -> "TensorFiles":
-        """Return itself: the files are open since construction."""
+        """Return itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,23 +69,47 @@ class TensorFiles:
 
     def close(self) -> None:
         """Close every file."""
-        self._slices.clear()
-        for file in self._files:
-            file.__exit__(None, None, None)
-        self._files.clear()
+        self._ranges.close()
 
     @property
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._slices)
+        return set(self._places)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that hold tensors."""
+        return sorted({place.path for place in self._places.values()})
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read so far."""
+        return self._ranges.bytes_read
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return tuple(self._slices[name].get_shape())
+        return self._places[name].shape
+
+    def dtype(self, name: str) -> str:
+        """Type a tensor is stored as, by the name that safetensors give it."""
+        return self._places[name].dtype
 
     def path(self, name: str) -> Path:
         """Return the file a tensor is in."""
-        return self._paths[name]
+        return self._places[name].path
+
+    def check_dtype(self, name: str) -> None:
+        """Check that a tensor can be read.
+
+        Raises:
+            ValueError: if it is not of a float type numpy can hold.
+        """
+        if self.dtype(name) not in FLOATS:
+            raise ValueError(
+                f"{self.path(name)}: tensor {name!r} is stored as {self.dtype(name)};"
+                f" supported are {', '.join(FLOATS)}. Quantized checkpoints must be"
+                " converted first."
+            )
 
     def read(self, name: str, box: Box) -> np.ndarray:
         """Read a part of a tensor, and no more than that.
@@ -75,103 +117,117 @@ class TensorFiles:
         Raises:
             ValueError: if the tensor is not of a float type numpy can hold.
         """
-        stored_dtype = self._slices[name].get_dtype()
-        if stored_dtype not in _FLOATS:
-            raise ValueError(
-                f"{self._paths[name]}: tensor {name!r} is stored as {stored_dtype};"
-                f" supported are {', '.join(_FLOATS)}. Quantized checkpoints must be"
-                " converted first."
-            )
-        return self._slices[name][box]
+        self.check_dtype(name)
+        return self._ranges.read(name, self._places[name], box)
 
-    def _open(self, path: Path, wanted: set[str]) -> None:
+    def _open(
+        self, path: Path, wanted: set[str], expected: set[str], index: str
+    ) -> None:
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is missing, but {self.folder / INDEX_FILE} names it. Download"
-                " or copy the checkpoint again."
+                f"{path} is missing, but {self.folder / index} names it. Download or"
+                " copy the checkpoint again."
             )
-        try:
-            file = safe_open(str(path), framework="numpy")
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a whole safetensors file ({error}). It was probably cut"
-                " off while it was written: download or copy it again."
-            ) from error
-        self._files.append(file)
-        names = set(file.keys())
-        if missing := sorted(wanted - names - {""}):
+        is_torch = path.suffix != ".safetensors"
+        read_places = torch_files.read_places if is_torch else _read_header
+        found = read_places(path, sorted(expected))
+        if missing := sorted(wanted - found.keys()):
             raise ValueError(
                 f"{path} lacks the tensor {missing[0]!r}"
-                f"{_and_more(missing)}, which {INDEX_FILE} says it holds."
+                f"{_and_more(missing)}, which {index} says it holds."
             )
-        for name in names:
-            self._slices[name] = file.get_slice(name)
-            self._paths[name] = path
+        self._places |= found
 
 
-def _read_index(folder: Path) -> dict[str, Path]:
-    """Return the file of every tensor; of none in particular for a single file."""
+def _find_files(folder: Path) -> tuple[str, str, dict[str, str]]:
+    """Return the single file, or the index and the file it gives for every tensor."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no checkpoint folder {folder}.")
-    index = folder / INDEX_FILE
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{index} is not an index of safetensors files ({error!r})."
-            ) from error
-        return {name: folder / file for name, file in weight_map.items()}
-    if (folder / SINGLE_FILE).is_file():
-        return {"": folder / SINGLE_FILE}
-    hint = ""
-    if any(folder.glob("*.bin")):
-        hint = " It holds .bin files: convert them to safetensors with transformers."
+    for single_file, index in (
+        (SINGLE_FILE, INDEX_FILE),
+        (TORCH_SINGLE_FILE, TORCH_INDEX_FILE),
+    ):
+        if (folder / index).is_file():
+            return "", index, _read_index(folder / index)
+        if (folder / single_file).is_file():
+            return single_file, "", {}
     raise FileNotFoundError(
-        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}.{hint}"
+        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}, nor a"
+        f" {TORCH_SINGLE_FILE} or its index."
     )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not an index of tensor files ({error!r}).") from (
+            error
+        )
+
+
+def _read_header(path: Path, expected: list[str]) -> dict[str, TensorPlace]:
+    """Read where the tensors of a safetensors file lie."""
+    num_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        length_bytes = file.read(8)
+        length = struct.unpack("<Q", length_bytes)[0] if len(length_bytes) == 8 else 0
+        is_cut = len(length_bytes) < 8 or 8 + length > num_bytes
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(f"{path} is not a safetensors file: its header is wrong.")
+        header = b"" if is_cut else file.read(length)
+    if is_cut:
+        raise ValueError(
+            f"{path} is not a whole safetensors file: it ends within its header, so"
+            f" {_of_which(expected)} can be read. It was probably cut off while it was"
+            " written: download or copy it again."
+        )
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        places = {}
+        for name, entry in entries.items():
+            start, stop = map(int, entry["data_offsets"])
+            shape = tuple(map(int, entry["shape"]))
+            places[name] = str(entry["dtype"]), shape, start, stop
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a safetensors file: its header is wrong ({error!r})."
+        ) from error
+    for name, (dtype, shape, start, stop) in places.items():
+        _check_entry(path, name, dtype, shape, (start, stop))
+        if 8 + length + stop > num_bytes:
+            raise ValueError(
+                f"{path} is not a whole safetensors file: the tensor {name!r} ends at"
+                f" byte {8 + length + stop}, and the file at {num_bytes}. It was"
+                " probably cut off while it was written: download or copy it again."
+            )
+    return {
+        name: TensorPlace(path, 8 + length + start, shape, dtype)
+        for name, (dtype, shape, start, _) in places.items()
+    }
+
+
+def _check_entry(
+    path: Path, name: str, dtype: str, shape: tuple[int, ...], span: tuple[int, int]
+) -> None:
+    """Compare what the header says about one tensor."""
+    start, stop = span
+    bits = _BITS.get(dtype)
+    needed = stop - start if bits is None else bits * math.prod(shape) // 8
+    if not 0 <= start <= stop or min(shape, default=0) < 0 or needed != stop - start:
+        raise ValueError(
+            f"{path}: the header gives the tensor {name!r} of type {dtype} and shape"
+            f" {shape} the bytes {start} to {stop}. The file is broken: download or"
+            " copy it again."
+        )
+
+
+def _of_which(names: list[str]) -> str:
+    return f"none of its tensors ({names[0]!r}{_and_more(names)})" if names else "none"
 
 
 def _and_more(names: list[str]) -> str:
     """Return " (and 3 more)" for a list of four, nothing for one."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def write_tensors(
-    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, max_shard_bytes: int
-) -> None:
-    """Write tensors in order, into files of at most `max_shard_bytes` (or one tensor).
-
-    One file's tensors are held in memory at a time.
-    """
-    shards: list[tuple[Path, list[str]]] = []
-    total_bytes = 0
-
-    def flush(pending: dict[str, np.ndarray]) -> None:
-        path = folder / f"shard-{len(shards)}.partial"
-        save_file(pending, path, metadata={"format": "pt"})
-        shards.append((path, list(pending)))
-
-    pending: dict[str, np.ndarray] = {}
-    pending_bytes = 0
-    for name, array in tensors:
-        if pending and pending_bytes + array.nbytes > max_shard_bytes:
-            flush(pending)
-            pending, pending_bytes = {}, 0
-        pending[name] = array
-        pending_bytes += array.nbytes
-        total_bytes += array.nbytes
-    flush(pending)
-    if len(shards) == 1:
-        shards[0][0].rename(folder / SINGLE_FILE)
-        return
-    weight_map = {}
-    for number, (path, names) in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        path.rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {
-        "metadata": {"total_size": total_bytes},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

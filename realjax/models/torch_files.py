@@ -10,6 +10,7 @@ handful of names, gives each a stand-in of its own that only notes its arguments
 refuses all others; no name of a file is ever imported.
 """
 
+import io
 import math
 import pickle
 import struct
@@ -49,11 +50,15 @@ _MAX_PICKLE_BYTES = 100 * 2**20
 _OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # Signature, lengths of name and extra field.
 # What zipfile raises for broken archives, and for encrypted and unknown members.
-_ZIP_ERRORS = (zipfile.BadZipFile, struct.error, RuntimeError, UnicodeDecodeError)
+_ZIP_ERRORS = (
+    *(zipfile.BadZipFile, struct.error, RuntimeError, ValueError),
+    *(EOFError, OSError),
+)
 # All that reading a broken or hostile pickle was seen to raise.
 _PICKLE_ERRORS = (
     *(pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError),
     *(ValueError, MemoryError, RecursionError, OverflowError, AssertionError),
+    *(struct.error,),
 )
 
 
@@ -86,11 +91,13 @@ def read_places(path: Path, expected: list[str]) -> dict[str, TensorPlace]:
         ValueError: if the file is not whole, of the format before PyTorch 1.6, holds
             anything but tensors, or names something that it has no business to name.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+    with path.open("rb") as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except _ZIP_ERRORS as error:
+            raise ValueError(_what_is_wrong(path, expected)) from error
+        with archive:
             return _places(path, archive, file)
-    except _ZIP_ERRORS as error:
-        raise ValueError(_what_is_wrong(path, expected)) from error
 
 
 def _places(
@@ -105,19 +112,28 @@ def _places(
         )
     folder = pickles[0].removesuffix("data.pkl")
     order = members.get(f"{folder}byteorder")
-    if order is not None and archive.read(order) != b"little":
+    if order is not None and _content(path, archive, order) != b"little":
         raise ValueError(f"{path} was written on a big-endian machine: convert it.")
     pickled = members[pickles[0]]
     if pickled.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{path} is compressed. Save it anew with torch.save.")
     if pickled.file_size > _MAX_PICKLE_BYTES:
         raise ValueError(f"{path}: its data.pkl is too large to be one of tensors.")
-    with archive.open(pickled) as opened:
-        tensors = _read_pickle(path, opened)
+    tensors = _read_pickle(path, _content(path, archive, pickled))
     return {
         name: _place(path, name, tensor, folder, members, file)
         for name, tensor in tensors.items()
     }
+
+
+def _content(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    try:
+        return archive.read(member)
+    except _ZIP_ERRORS as error:
+        raise ValueError(
+            f"{path}: its member {member.filename} cannot be read ({error}). The file"
+            " is broken: download or copy it again."
+        ) from error
 
 
 def _place(
@@ -196,7 +212,8 @@ def _first_lost(path: Path) -> str:
             header = file.read(_LOCAL_HEADER.size)
             _, *lengths = _LOCAL_HEADER.unpack(header)
             file.seek(sum(lengths), 1)
-            tensors = _read_pickle(path, file)
+            # The pickle says itself where it ends.
+            tensors = _read_pickle(path, file.read(_MAX_PICKLE_BYTES))
     except (ValueError, struct.error):
         return ""
     left, seen = path.stat().st_size, set()
@@ -209,14 +226,14 @@ def _first_lost(path: Path) -> str:
     return next(iter(tensors), "")
 
 
-def _read_pickle(path: Path, file: Any) -> dict[str, _Tensor]:
+def _read_pickle(path: Path, pickled: bytes) -> dict[str, _Tensor]:
     """Read the dictionary of tensors.
 
     Raises:
         ValueError: if there is anything else in it.
     """
     try:
-        found = _Reader(file).load()
+        found = _Reader(io.BytesIO(pickled)).load()
     except _PICKLE_ERRORS as error:
         raise ValueError(f"{path}: its data.pkl is not read: {error}") from error
     if not isinstance(found, dict):
@@ -232,10 +249,14 @@ def _read_pickle(path: Path, file: Any) -> dict[str, _Tensor]:
     return found
 
 
-class _Reader(pickle.Unpickler):
-    """Unpickles tensors to what they say about themselves."""
+class _Reader(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
+    """Unpickles tensors to what they say about themselves.
 
-    def __init__(self, file: Any):
+    This is the unpickler written in Python: the other makes room in memory for as many
+    objects as a few bytes of a broken pickle say there are.
+    """
+
+    def __init__(self, file: io.BytesIO):
         super().__init__(file)
         # Made for each file: a pickle can set attributes of what it names, and such a
         # change must not outlive it.

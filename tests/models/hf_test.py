@@ -239,9 +239,6 @@ def test_missing_tensor_files_are_named(copied):
     (copied / SINGLE_FILE).unlink()
     with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor"):
         hf.load(copied)
-    (copied / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="convert them to safetensors"):
-        hf.load(copied)
 
 
 def test_a_file_of_the_index_that_is_missing_is_named(saved, tmp_path):
