@@ -2,14 +2,21 @@
 
 The pairs (token, expert) are sorted by expert, so that one grouped product serves all
 experts and no expert's work depends on the fullest one. Nothing is dropped.
+
+    tokens     a      b      c          k = 2 experts each
+    pairs      a0 a2  b1 b2  c0 c1
+    sorted     a0 c0 | b1 c1 | a2 b2    groups of experts 0, 1 and 2
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.grouped_matmul import grouped_matmul
 from realjax.core.arrays import Array, Float, Int
 from realjax.models.mlp import activated
 from realjax.models.projection import PRODUCT
@@ -32,6 +39,20 @@ class ExpertKernels(NamedTuple):
 
 ApplyExperts = Callable[[Array, Choice, ExpertKernels, str], Array]
 
+# multiply(rows, kernels, group_sizes, name of the kernels)
+Multiply = Callable[[Array, Array, Array, str], Array]
+
+
+def plain_multiply(
+    rows: Float[Array, "P D"],
+    kernels: Float[Array, "E D F"],
+    group_sizes: Int[Array, " E"],
+    name: str,
+) -> Float[Array, "P F"]:
+    """Multiply each group of rows by its kernel, where all of it is at hand."""
+    del name
+    return grouped_matmul(rows, kernels, group_sizes)
+
 
 def apply_experts(
     x: Float[Array, "B T D"], choice: Choice, kernels: ExpertKernels, activation: str
@@ -44,30 +65,108 @@ def apply_experts(
         kernels: of the experts.
         activation: of `config.ACTIVATIONS`.
     """
-    num_experts, top_k = kernels.gate.shape[0], choice.experts.shape[-1]
-    tokens = x.reshape(-1, x.shape[-1])
-    experts = choice.experts.reshape(-1)
-    order = jnp.argsort(experts, stable=True)
-    group_sizes = jnp.bincount(experts, length=num_experts).astype(jnp.int32)
-    out = apply_sorted(tokens[order // top_k], kernels, group_sizes, activation)
-    # Back to the order of the pairs by a gather: a scatter would add in any order.
-    out = out[jnp.argsort(order)].reshape(*choice.weights.shape, -1)
-    weights = choice.weights.astype(jnp.float32)[..., None]
-    return jnp.sum(out.astype(jnp.float32) * weights, axis=-2).astype(x.dtype)
+    top_k, width = choice.experts.shape[-1], x.shape[-1]
+    experts = choice.experts.reshape(-1, top_k)
+    outputs = pair_outputs(x.reshape(-1, width), experts, kernels, activation)
+    total = weighted_sum(outputs, choice.weights.reshape(-1, top_k))
+    return total.astype(x.dtype).reshape(x.shape)
 
 
-def apply_sorted(
-    x: Float[Array, "P D"],
+def pair_outputs(
+    tokens: Float[Array, "N D"],
+    experts: Int[Array, "N k"],
     kernels: ExpertKernels,
-    group_sizes: Int[Array, " E"],
     activation: str,
-) -> Float[Array, "P D"]:
-    """Apply to each group of rows its expert; rows past the last group give zeros."""
+    multiply: Multiply = plain_multiply,
+) -> Float[Array, "N k D"]:
+    """Return what each expert of each token says of it; zeros for none.
 
-    from pallas_kernels.grouped_matmul import grouped_matmul
+    Args:
+        tokens: in the dtype of the products.
+        experts: of each token, counted as in `kernels`; their number is none.
+        kernels: of the experts.
+        activation: of `config.ACTIVATIONS`.
+        multiply: the grouped product; a mesh may have kernels to gather.
+    """
+    order, rank = sorted_pairs(experts)
+    num_experts = kernels.gate.shape[0]
+    sizes = jnp.bincount(experts.reshape(-1), length=num_experts).astype(jnp.int32)
 
-    def product(x: Array, kernel: Array) -> Array:
-        return checkpoint_name(grouped_matmul(x, kernel, group_sizes), PRODUCT)
+    def product(x: Array, name: str) -> Array:
+        out = multiply(x, getattr(kernels, name), sizes, name)
+        return checkpoint_name(out, PRODUCT)
 
-    hidden = activated(activation, product(x, kernels.gate), product(x, kernels.up))
-    return product(hidden, kernels.down)
+    rows = spread(tokens, order, rank)
+    hidden = activated(activation, product(rows, "gate"), product(rows, "up"))
+    return collect(product(hidden, "down"), order, rank)
+
+
+def sorted_pairs(
+    experts: Int[Array, "N k"],
+) -> tuple[Int[Array, " P"], Int[Array, "N k"]]:
+    """Sort pairs by expert: which pair has each place, and which place each pair."""
+    order = jnp.argsort(experts.reshape(-1), stable=True).astype(jnp.int32)
+    places = jnp.arange(len(order), dtype=jnp.int32)
+    rank = jnp.zeros_like(order).at[order].set(places, unique_indices=True)
+    return order, rank.reshape(experts.shape)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def weighted_sum(
+    outputs: Float[Array, "N k D"], weights: Float[Array, "N k"]
+) -> Float[Array, "N D"]:
+    """Sum over a token's experts, float32; keep no float32 outputs for later."""
+    weights = weights.astype(jnp.float32)[..., None]
+    return jnp.sum(outputs.astype(jnp.float32) * weights, axis=1)
+
+
+# A gather's gradient adds up rows in any order, by atomic operations on a GPU. Here
+# each row has at most one place, and the way back is a gather too.
+
+
+@jax.custom_vjp
+def spread(
+    tokens: Float[Array, "N D"], pair_at: Int[Array, " S"], place_of: Int[Array, "N k"]
+) -> Float[Array, "S D"]:
+    """Put the token of each pair in the pair's place; zeros where there is none.
+
+    Args:
+        tokens: one row each.
+        pair_at: the pair at each place; N k for none.
+        place_of: the place of each pair, the inverse; S for none.
+    """
+    # A token past the last stands for none.
+    return tokens.at[pair_at // place_of.shape[1]].get(mode="fill", fill_value=0)
+
+
+def _spread_forward(tokens: Array, pair_at: Array, place_of: Array):
+    return spread(tokens, pair_at, place_of), (pair_at, place_of)
+
+
+def _spread_backward(saved, bar: Array):
+    tokens_bar = collect(bar, *saved).astype(jnp.float32).sum(axis=1)
+    return tokens_bar.astype(bar.dtype), None, None
+
+
+spread.defvjp(_spread_forward, _spread_backward)
+
+
+@jax.custom_vjp
+def collect(
+    rows: Float[Array, "S D"], pair_at: Int[Array, " S"], place_of: Int[Array, "N k"]
+) -> Float[Array, "N k D"]:
+    """Bring the rows back to their pairs; zeros for a pair without a place."""
+    return rows.at[place_of].get(mode="fill", fill_value=0)
+
+
+def _collect_forward(rows: Array, pair_at: Array, place_of: Array):
+    return collect(rows, pair_at, place_of), (pair_at, place_of)
+
+
+def _collect_backward(saved, bar: Array):
+    pair_at, place_of = saved
+    of_pairs = bar.reshape(place_of.size, -1)
+    return of_pairs.at[pair_at].get(mode="fill", fill_value=0), None, None
+
+
+collect.defvjp(_collect_forward, _collect_backward)
