@@ -1,14 +1,14 @@
 """Checkpoints in Hugging Face's format: read straight into shardings, written whole.
 
 Reading never holds a model in host memory: of every parameter each device's part is
-read from the files, laid out anew and put there. Writing holds one stacked parameter
-and one file at a time, and the folder appears under its name only when complete.
+read from the files, a chunk at a time, and put there. Writing holds one tensor at a
+time, and the folder appears under its name only when complete.
+
+    load, check, save                       here
+    read_config, write_config, read_role    config.json
 """
 
 import dataclasses
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -22,6 +22,12 @@ from realjax.core.arrays import Array, Key, PyTree
 from realjax.models import layout
 from realjax.models.block import INIT_DEVIATION
 from realjax.models.byte_ranges import FLOATS
+from realjax.models.checkpoint_config import (
+    CONFIG_FILE,
+    read_config,
+    read_role,
+    write_config,
+)
 from realjax.models.config import ModelConfig
 from realjax.models.families import family
 from realjax.models.gathering import (
@@ -32,8 +38,15 @@ from realjax.models.gathering import (
     wait_for_all,
 )
 from realjax.models.layout import Box, Stored
+from realjax.models.new_folder import NewFolder
 from realjax.models.parameters import Parameter, abstract_parameters
 from realjax.models.streaming import Reader, stream
+from realjax.models.tensor_checks import (
+    check_parameters,
+    is_parameter,
+    is_stored,
+    open_checked,
+)
 from realjax.models.tensor_files import TensorFiles
 from realjax.models.tensor_writer import (
     PlannedFile,
@@ -43,9 +56,17 @@ from realjax.models.tensor_writer import (
     write_index,
 )
 
-CONFIG_FILE = "config.json"
-GENERATION_FILE = "generation_config.json"
-ROLE_FIELD = "realjax_role"
+__all__ = [
+    "MAX_SHARD_BYTES",
+    "SavesItself",
+    "check",
+    "load",
+    "read_config",
+    "read_role",
+    "save",
+    "write_config",
+]
+
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -55,40 +76,6 @@ class SavesItself(Protocol):
 
     def save(self, folder: Path) -> Any:
         """Write its files into a folder."""
-
-
-def read_config(folder: str | Path) -> ModelConfig:
-    """Read the config of a checkpoint folder.
-
-    Raises:
-        FileNotFoundError: if the folder or its config.json is missing.
-        ValueError: if a field's value is not supported; the message names the field.
-    """
-    fields = _read_fields(Path(folder))
-    fields.pop(ROLE_FIELD, None)
-    try:
-        return family(str(fields.get("model_type"))).read_config(fields)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{Path(folder) / CONFIG_FILE}: {error}") from error
-
-
-def write_config(
-    folder: str | Path,
-    config: ModelConfig,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    role: str | None = None,
-) -> None:
-    """Write config.json, and for language models generation_config.json."""
-    module = family(config.family)
-    fields = module.write_config(config) | {"dtype": jnp.dtype(dtype).name}
-    if role is not None:
-        fields[ROLE_FIELD] = role
-    _write_json(Path(folder) / CONFIG_FILE, fields)
-    if config.head == "language":
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        ids = {name: fields[name] for name in names if fields[name] is not None}
-        _write_json(Path(folder) / GENERATION_FILE, ids)
 
 
 def load(
@@ -103,7 +90,7 @@ def load(
     """Load a checkpoint's parameters.
 
     Args:
-        folder: with config.json and safetensors files.
+        folder: with config.json, and safetensors or .bin files.
         config: of the model wanted; the checkpoint's own if None.
         shardings: one per parameter; all on the first device if None.
         head: "scalar" turns a language checkpoint into a reward model or critic: its
@@ -129,15 +116,14 @@ def load(
     if shardings is None:
         device = SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(
-            lambda _: device, abstract_parameters(config), is_leaf=_is_parameter
+            lambda _: device, abstract_parameters(config), is_leaf=is_parameter
         )
     wanted = dict(cast(dict, shardings))
     new_head_sharding = None
     if _is_new_head(own, config):
         new_head_sharding = wanted.pop("score")["kernel"]
     abstract, stored = _read_trees(own, config)
-    with TensorFiles(folder, _needed_shapes(abstract, stored)) as files:
-        _check_tensors(files, config, abstract, stored)
+    with open_checked(folder, config, abstract, stored) as files:
         parameters = jax.tree.map(
             lambda parameter, tensor, sharding: _load_parameter(
                 files, parameter, tensor, sharding, jnp.dtype(dtype)
@@ -145,7 +131,7 @@ def load(
             abstract,
             stored,
             wanted,
-            is_leaf=_is_parameter,
+            is_leaf=is_parameter,
         )
     if new_head_sharding is not None:
         assert key is not None  # Checked above.
@@ -164,8 +150,7 @@ def check(
     """
     own, config = _wanted_config(folder, config, head)
     abstract, stored = _read_trees(own, config)
-    with TensorFiles(folder, _needed_shapes(abstract, stored)) as files:
-        _check_tensors(files, config, abstract, stored)
+    open_checked(folder, config, abstract, stored).close()
 
 
 def save(
@@ -178,11 +163,7 @@ def save(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: DTypeLike = jnp.float32,
 ) -> None:
-    """Write a checkpoint that transformers and vLLM load.
-
-    Everything is written into a sibling folder that takes the name at the end: a
-    process killed at any moment leaves the old checkpoint, if any, or the new one
-    (between two renames: the old one as `.NAME.old`), never half of one.
+    """Write a checkpoint that transformers and vLLM load, all of it or nothing.
 
     In a run of several processes all of them call this, with a folder that all of them
     see; each writes some of the files.
@@ -201,10 +182,9 @@ def save(
         ValueError: if the parameters are not those of the config, or cannot be stored
             as `dtype`.
     """
-    folder, dtype = Path(os.path.abspath(folder)), jnp.dtype(dtype)
+    new, dtype = NewFolder(folder), jnp.dtype(dtype)
     check_stored_dtype(dtype)
-    _refuse_other_content(folder)
-    _check_parameters(config, parameters)
+    check_parameters(config, parameters)
     sources = _stored_sources(config, parameters)
     shapes = [
         (name, layout.stored_shape(parts[0].tensor, parts[0].shape))
@@ -212,71 +192,32 @@ def save(
     ]
     plan = plan_files(shapes, dtype, max_shard_bytes)
     writers = processes_of(parameters)
-    partial = folder.with_name(f".{folder.name}.partial")
     is_first = jax.process_index() == writers[0]
     if is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial = new.begin()
         write_config(partial, config, dtype=dtype, role=role)
         write_index(partial, plan, dtype)
         if tokenizer is not None:
             tokenizer.save(partial)
-    wait_for_all(f"{folder}: begun")
-    _check_shared(partial)
+    wait_for_all(f"{new.path}: begun")
+    _check_shared(new.partial)
     for number, planned in enumerate(plan):
         parts = [sources[name] for name in planned.shapes]
-        _write_planned(partial, planned, parts, dtype, writers[number % len(writers)])
-    wait_for_all(f"{folder}: written")
+        owner = writers[number % len(writers)]
+        _write_planned(new.partial, planned, parts, dtype, owner)
+    wait_for_all(f"{new.path}: written")
     if is_first:
-        _replace(folder, partial)
-    wait_for_all(f"{folder}: done")
-
-
-def read_role(folder: str | Path) -> str | None:
-    """Return what a checkpoint says its model was trained to be, if it says that.
-
-    Critics and reward models are the same to `transformers`: a model for sequence
-    classification with one label. realjax notes in config.json which it saved; the
-    numbers of a critic are values of tokens, those of a reward model scores of whole
-    texts.
-    """
-    return _read_fields(Path(folder)).get(ROLE_FIELD)
-
-
-def _is_parameter(x: Any) -> bool:
-    return isinstance(x, Parameter)
-
-
-def _is_stored(x: Any) -> bool:
-    return isinstance(x, Stored)
-
-
-def _read_fields(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no checkpoint folder {folder}.")
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} is not a checkpoint: it has no {CONFIG_FILE}."
-        )
-    try:
-        fields = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}).") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__}, not an object.")
-    return fields
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        new.finish()
+    wait_for_all(f"{new.path}: done")
 
 
 def _wanted_config(
     folder: str | Path, config: ModelConfig | None, head: str | None
 ) -> tuple[ModelConfig, ModelConfig]:
     """Return the checkpoint's own config, and that of the model to load from it."""
-    own = read_config(folder)
+    # Only a family of one's own is not known by what the folder says.
+    is_foreign = config is not None and "." in config.family
+    own = read_config(folder, family=config.family if config and is_foreign else None)
     config = own if config is None else config
     if head is not None:
         config = dataclasses.replace(config, head=cast(Any, head))
@@ -299,49 +240,6 @@ def _read_trees(own: ModelConfig, config: ModelConfig) -> tuple[PyTree, PyTree]:
     if _is_new_head(own, config):
         del abstract["score"], stored["score"]
     return abstract, stored
-
-
-def _needed_shapes(abstract: PyTree, stored: PyTree) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of all stored tensors."""
-    needed: dict[str, tuple[int, ...]] = {}
-    parameters = jax.tree.leaves(abstract, is_leaf=_is_parameter)
-    tensors = jax.tree.leaves(stored, is_leaf=_is_stored)
-    for parameter, tensor in zip(parameters, tensors, strict=True):
-        shape = parameter.real_shape
-        for name in tensor.names(shape):
-            needed[name] = layout.stored_shape(tensor, shape[tensor.num_stacked :])
-    return needed
-
-
-def _check_tensors(
-    files: TensorFiles, config: ModelConfig, abstract: PyTree, stored: PyTree
-) -> None:
-    """Compare names, shapes and types of all tensors with what the config needs."""
-    needed = _needed_shapes(abstract, stored)
-    if missing := sorted(needed.keys() - files.names):
-        raise ValueError(
-            f"{files.folder} lacks {len(missing)} of {len(needed)} tensors that its"
-            f" config needs, the first being {missing[0]!r}."
-        )
-    # A tied model may store its head again; a scalar one does not use it.
-    has_own_head = config.head == "language" and not config.tie_embeddings
-    ignored = family(config.family).IGNORED_TENSORS
-    ignored += () if has_own_head else ("lm_head.weight",)
-    extra = sorted(
-        name for name in files.names - needed.keys() if not name.endswith(ignored)
-    )
-    if extra:
-        raise ValueError(
-            f"{files.path(extra[0])} holds {len(extra)} tensors that a model of its"
-            f" config does not have, the first being {extra[0]!r}."
-        )
-    for name, shape in needed.items():
-        if files.shape(name) != shape:
-            raise ValueError(
-                f"{files.path(name)}: tensor {name!r} has shape {files.shape(name)},"
-                f" but the config needs {shape}."
-            )
-        files.check_dtype(name)
 
 
 def _load_parameter(
@@ -389,7 +287,7 @@ def _draw_scalar_head(
 def _stored_sources(config: ModelConfig, parameters: PyTree) -> dict[str, list[Source]]:
     """Return what every stored tensor is made of."""
     stored = family(config.family).stored_tensors(config)
-    tensors, structure = jax.tree.flatten(stored, is_leaf=_is_stored)
+    tensors, structure = jax.tree.flatten(stored, is_leaf=is_stored)
     arrays = structure.flatten_up_to(parameters)
     abstract = structure.flatten_up_to(abstract_parameters(config))
     shapes = [parameter.real_shape for parameter in abstract]
@@ -418,52 +316,4 @@ def _check_shared(partial: Path) -> None:
         raise FileNotFoundError(
             f"Process {jax.process_index()} does not see the folder {partial} that"
             " another process has made. Save to a file system that all processes share."
-        )
-
-
-def _replace(folder: Path, partial: Path) -> None:
-    """Give a finished folder its name."""
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _check_parameters(config: ModelConfig, parameters: PyTree) -> None:
-    """Compare the tree with what the config needs."""
-    needed, _ = jax.tree_util.tree_flatten_with_path(
-        abstract_parameters(config), is_leaf=_is_parameter
-    )
-    found, _ = jax.tree_util.tree_flatten_with_path(parameters)
-    shapes = {jax.tree_util.keystr(path): array.shape for path, array in found}
-    for path, parameter in needed:
-        name = jax.tree_util.keystr(path)
-        if name not in shapes:
-            raise ValueError(
-                f"The parameter tree lacks {name}, which its config needs."
-            )
-        shape = shapes.pop(name)
-        if shape != parameter.shape:
-            raise ValueError(
-                f"The parameter {name} has shape {shape}, but its config needs"
-                f" {parameter.shape}."
-            )
-    if shapes:
-        raise ValueError(
-            f"The parameter tree has {next(iter(shapes))}, which its config does not"
-            " know."
-        )
-
-
-def _refuse_other_content(folder: Path) -> None:
-    if (
-        folder.is_dir()
-        and any(folder.iterdir())
-        and not (folder / CONFIG_FILE).exists()
-    ):
-        raise FileExistsError(
-            f"{folder} is not empty and holds no {CONFIG_FILE}; it will not be replaced"
-            " by a checkpoint. Choose another folder."
         )

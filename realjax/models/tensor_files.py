@@ -13,7 +13,7 @@ tensor), and the tensors.
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +93,11 @@ class TensorFiles:
     def dtype(self, name: str) -> str:
         """Type a tensor is stored as, by the name that safetensors give it."""
         return self._places[name].dtype
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors other names, here and not in the files."""
+        for old, new in names.items():
+            self._places[new] = self._places.pop(old)
 
     def path(self, name: str) -> Path:
         """Return the file a tensor is in."""

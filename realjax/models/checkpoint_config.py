@@ -1,0 +1,104 @@
+"""The config.json of a checkpoint folder: which model it holds, and what for."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from realjax.models import families
+from realjax.models.config import ModelConfig
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+ROLE_FIELD = "realjax_role"
+
+
+def read_config(
+    folder: str | Path, *, family: str | ModuleType | None = None
+) -> ModelConfig:
+    """Read the config of a checkpoint folder.
+
+    Args:
+        folder: with a config.json.
+        family: for a family of your own, its module or dotted name; by default the
+            one that the config names.
+
+    Raises:
+        FileNotFoundError: if the folder or its config.json is missing.
+        ValueError: if a field's value is not supported; the message names the field.
+    """
+    fields = read_fields(folder)
+    fields.pop(ROLE_FIELD, None)
+    try:
+        module = families.family(family or str(fields.get("model_type")))
+        return module.read_config(fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{Path(folder) / CONFIG_FILE}: {error}") from error
+
+
+def write_config(
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    role: str | None = None,
+) -> None:
+    """Write config.json, and for language models generation_config.json.
+
+    Args:
+        folder: to write into.
+        config: of the model.
+        dtype: that its tensors are stored as.
+        role: what the model was trained to be, for `read_role`.
+    """
+    module = families.family(config.family)
+    fields = module.write_config(config) | {"dtype": jnp.dtype(dtype).name}
+    if role is not None:
+        fields[ROLE_FIELD] = role
+    _write_json(Path(folder) / CONFIG_FILE, fields)
+    if config.head == "language":
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ids = {name: fields[name] for name in names if fields.get(name) is not None}
+        _write_json(Path(folder) / GENERATION_FILE, ids)
+
+
+def read_role(folder: str | Path) -> str | None:
+    """Return what a checkpoint says its model was trained to be, if it says that.
+
+    Critics and reward models are the same to `transformers`: a model for sequence
+    classification with one label. realjax notes in config.json which it saved; the
+    numbers of a critic are values of tokens, those of a reward model scores of whole
+    texts.
+    """
+    return read_fields(folder).get(ROLE_FIELD)
+
+
+def read_fields(folder: str | Path) -> dict[str, Any]:
+    """Read the fields of config.json, whatever they are.
+
+    Raises:
+        FileNotFoundError: if the folder or its config.json is missing.
+        ValueError: if it is not an object of JSON.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no checkpoint folder {folder}.")
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a checkpoint: it has no {CONFIG_FILE}."
+        )
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a {type(fields).__name__}, not an object.")
+    return fields
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
