@@ -207,23 +207,7 @@ def compile_for(
     Returns:
         What the program needs.
     """
-    mesh = mesh or topology.mesh((1,), ("device",))
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def place(leaf: Any) -> jax.ShapeDtypeStruct:
-        is_described = isinstance(leaf, jax.ShapeDtypeStruct)
-        sharding = leaf.sharding if is_described else None
-        return jax.ShapeDtypeStruct(
-            np.shape(leaf), leaf.dtype, sharding=sharding or whole
-        )
-
-    arguments = jax.tree.map(place, arguments)
-    jitted = function if hasattr(function, "lower") else jax.jit(function)
-    with compiling_for(topology, mesh):
-        lowered = jitted.trace(*arguments).lower()
-        start = time.monotonic()
-        compiled = lowered.compile()
-        seconds = time.monotonic() - start
+    compiled, seconds = _compile(topology, function, arguments, mesh)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None  # The compiler for CUDA has both.
     return Report(
@@ -236,3 +220,41 @@ def compile_for(
         collectives=collectives(text),
         arrays=largest_arrays(text, num_arrays),
     )
+
+
+def output_shardings(
+    topology: Topology, function: Callable, *arguments: Any, mesh: Mesh | None = None
+) -> Any:
+    """Return the shardings that the compiler gives to a function's outputs.
+
+    Args:
+        topology: the devices.
+        function: as for `compile_for`.
+        arguments: as for `compile_for`.
+        mesh: as for `compile_for`.
+    """
+    compiled, _ = _compile(topology, function, arguments, mesh)
+    return compiled.output_shardings
+
+
+def _compile(
+    topology: Topology, function: Callable, arguments: Any, mesh: Mesh | None
+) -> tuple[jax.stages.Compiled, float]:
+    """Return the compiled program, and how many seconds the compiler took."""
+    mesh = mesh or topology.mesh((1,), ("device",))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        is_described = isinstance(leaf, jax.ShapeDtypeStruct)
+        sharding = leaf.sharding if is_described else None
+        return jax.ShapeDtypeStruct(
+            np.shape(leaf), leaf.dtype, sharding=sharding or whole
+        )
+
+    arguments = jax.tree.map(place, arguments)
+    jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
+    with compiling_for(topology, mesh):
+        lowered = jitted.trace(*arguments).lower()
+        start = time.monotonic()
+        compiled = lowered.compile()
+        return compiled, time.monotonic() - start

@@ -192,10 +192,14 @@ def _arrays(type_text: str) -> list[tuple[str, int]]:
 
 
 def _result(type_text: str, operation: str) -> tuple[str, int]:
-    """What a collective gives; a started one lists (inputs, results)."""
+    """What a collective gives; a started one lists (inputs, results, context)."""
     arrays = _arrays(type_text)
-    if operation in ("all-gather-start", "collective-permute-start"):
-        arrays = [a for a in arrays if not a[0].endswith("[]")]
+    has_inputs = type_text.startswith("((") or operation in (
+        "all-gather-start",
+        "collective-permute-start",
+    )
+    if has_inputs:
+        arrays = [array for array in arrays if not array[0].endswith("[]")]
         arrays = arrays[len(arrays) // 2 :]
     grouped = collections.Counter(shape for shape, _ in arrays)
     names = (f"{n} x {shape}" if n > 1 else shape for shape, n in grouped.items())

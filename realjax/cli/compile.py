@@ -85,13 +85,12 @@ def run_config(values: dict[str, Any]) -> RunConfig:
 def print_table(
     topology: aot.Topology, found: Sequence[tuple[DescribedProgram, aot.Report]]
 ) -> None:
-    """Print one line a program, and below it the collectives in its loops."""
+    """Print one line a program, and the collectives of each below."""
     table = rich.table.Table(title=f"GiB of one device, compiled for {topology.name}")
     for column in ("call", "allocation", "program"):
-        table.add_column(column)
-    for column in ("arguments", "outputs", "temporary", "peak", "seconds"):
+        table.add_column(column, no_wrap=True)
+    for column in ("arguments", "new outputs", "temporary", "peak", "seconds"):
         table.add_column(column, justify="right")
-    table.add_column("collectives (those in loops)")
     for part, report in found:
         sizes = (
             report.argument_bytes,
@@ -99,20 +98,19 @@ def print_table(
             report.temporary_bytes,
             report.peak_bytes,
         )
-        looped = report.count(is_looped=True)
-        table.add_row(
-            part.call,
-            str(part.allocation),
-            part.name,
-            *(f"{size / _GIB:.2f}" for size in sizes),
-            f"{report.seconds:.0f}",
-            ", ".join(
-                f"{count} {kind}" + (f" ({looped[kind]})" if kind in looped else "")
-                for kind, count in report.count().items()
-            )
-            or "none",
-        )
-    rich.print(table)
+        names = (part.call, str(part.allocation), part.name)
+        numbers = (f"{size / _GIB:.2f}" for size in sizes)
+        table.add_row(*names, *numbers, f"{report.seconds:.0f}")
+    console = rich.console.Console()
+    console.print(table)
+    for part, report in found:
+        in_loops, outside = report.count(is_looped=True), report.count(is_looped=False)
+        console.print(f"{part.call} {part.name}: {_list(in_loops)} in loops,", end=" ")
+        console.print(f"{_list(outside)} outside")
+
+
+def _list(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in counts.items()) or "nothing"
 
 
 def as_dict(

@@ -207,7 +207,35 @@ class _Described:
             if (value := getattr(rollout, local)) is not None
         }
         self._put(node, made)
-        return {"wave": (generate._wave, arguments)}
+        return {
+            "wave": (generate._wave, arguments),
+            "decode": self._decode(generate, mesh, arguments[0]),
+        }
+
+    def _decode(self, generate: GenerateProgram, mesh: Mesh, parameters: PyTree):
+        """Give one turn of the loop, which a program of the whole wave hides."""
+        config, num_rows = generate.program.config, generate.num_rows
+        rows = rows_sharding(mesh, num_rows)
+        lengths = _placed(_shape((num_rows,), jnp.int32), rows)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_rows))
+        hidden = _shape((num_rows, config.width), jnp.dtype(generate.program.dtype))
+
+        def start(parameters, hidden, lengths):
+            cache = generate._empty_cache(num_rows, self.prompt_width)
+            return generate._start(generate._logits(parameters, hidden), cache, lengths)
+
+        inputs = (parameters, hidden, lengths)
+        state = jax.tree.map(
+            _placed,
+            jax.eval_shape(start, *inputs),
+            aot.output_shardings(self.topology, start, *inputs, mesh=mesh),
+        )
+
+        def step(parameters, state, keys, first_slot):
+            return generate._step(parameters, state, keys=keys, first_slot=first_slot)
+
+        step = jax.jit(step, donate_argnums=1)
+        return step, (parameters, state, _placed(keys, rows), lengths)
 
     def _infer(self, name, node, program: ModelProgram, mesh: Mesh):
         infer = InferProgram(node.function, program, mesh)
