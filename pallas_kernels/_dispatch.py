@@ -104,8 +104,8 @@ def choose(
         name: of the one that is wanted; None chooses.
 
     Raises:
-        ValueError: no implementation has that name.
-        NotImplementedError: that one, or none of all, can serve the request.
+        ValueError: no implementation has that name, or that one, or none of all, can
+            serve the request.
     """
     if name is not None:
         return _named(operation, implementations, request, name)
@@ -118,7 +118,7 @@ def choose(
                 name=one.name, function=one.function, explanation=" ".join(sentences)
             )
         passed_over.append(f"Not as {one.name!r}: {reason}.")
-    raise NotImplementedError(
+    raise ValueError(
         f"No implementation of {operation} serves this call. {' '.join(passed_over)}"
     )
 
@@ -137,7 +137,7 @@ def _named(
     one = found[name]
     reason = one.unsupported(request)
     if reason is not None:
-        raise NotImplementedError(
+        raise ValueError(
             f"{operation} cannot run as {name!r}: {reason}. implementation=None chooses"
             " one that can."
         )

@@ -86,8 +86,8 @@ def attention(
         One vector per token and query head, in the query's dtype.
 
     Raises:
-        ValueError: heads do not split, or no implementation has that name.
-        NotImplementedError: the implementation asked for cannot attend so.
+        ValueError: heads do not split, no implementation has that name, or the one
+            asked for cannot attend so.
     """
     request = Request(
         query_shape=query.shape,
