@@ -16,6 +16,7 @@ sort of the pairs would move all of them to every device.
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -75,13 +76,28 @@ class _Layout(NamedTuple):
 
     @property
     def tokens(self) -> P:
-        return P(self.row_axes or None, self.place_axes or None)
+        return self._spec(self.row_axes, self.place_axes)
 
     @property
     def kernels(self) -> ExpertKernels:
-        wide = P("expert", self.width_axes or None, "tensor")
-        tall = P("expert", "tensor", self.width_axes or None)
+        wide = self._spec(("expert",), self.width_axes, ("tensor",))
+        tall = self._spec(("expert",), ("tensor",), self.width_axes)
         return ExpertKernels._make((wide, wide, tall))
+
+    @property
+    def parts(self) -> P:
+        return self._spec(self.sum_axes, self.row_axes, self.place_axes)
+
+    def _spec(self, first: tuple[str, ...], *others: tuple[str, ...]) -> P:
+        """Write a spec that names axes of one device too.
+
+        `shard_map` sums gradients over the axes that a spec does not name, also where
+        there is nothing to sum.
+        """
+        named = {*first, *itertools.chain(*others)}
+        free = set(self.mesh.axis_names) - named - set(self.mesh.manual_axes)
+        single = [axis for axis in sorted(free) if self.mesh.shape[axis] == 1]
+        return P((*first, *single) or None, *(axes or None for axes in others))
 
 
 class _Sending(NamedTuple):
@@ -122,11 +138,11 @@ def experts_for(mesh: Mesh, *, options: frozenset[str] = frozenset()) -> ApplyEx
             functools.partial(_on_device, layout, activation),
             mesh=around,
             in_specs=(layout.tokens, layout.tokens, layout.kernels),
-            out_specs=P(layout.sum_axes or None, *layout.tokens),
+            out_specs=layout.parts,
             axis_names=frozenset(mesh.axis_names) - manual,
             check_vma=False,  # Kernels start their loops from plain zeros.
         )(x, choice, kernels)
-        return jax.lax.reduce(parts, jnp.zeros((), x.dtype), jax.lax.add, (0,))
+        return jax.lax.reduce_sum(parts, (0,))
 
     return apply
 
