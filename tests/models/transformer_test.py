@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +155,7 @@ def test_a_token_does_not_see_later_ones(parameters):
     assert not np.allclose(before[:, 5:], after[:, 5:], atol=1e-3)
 
 
-@pytest.mark.parametrize("remat", ("block", "dots"))
+@pytest.mark.parametrize("remat", ("block", "dots", "offload"))
 def test_recomputation_changes_no_gradient(parameters, remat):
     tokens = draw_tokens(2, 8)
     kept = jax.grad(total)(parameters, tokens)
@@ -175,6 +176,16 @@ def saved_bytes(parameters, remat):
 def test_recomputation_keeps_less(parameters):
     none, dots, block = (saved_bytes(parameters, r) for r in ("none", "dots", "block"))
     assert block < dots < none
+
+
+@pytest.mark.parametrize("remat", ("block", "offload"))
+def test_offloading_moves_the_inputs_of_layers_to_the_host_and_back(parameters, remat):
+    step = jax.grad(functools.partial(total, remat=remat))
+    text = str(jax.make_jaxpr(step)(parameters, draw_tokens(2, 8)))
+    out = re.findall(r"f32<host>\[(\S+)\] = device_put", text)
+    back = re.findall(r"f32\[(\S+)\] = device_put", text)
+    # One place in the loop forward and one in the loop backward.
+    assert out == back == (["2,8,16"] if remat == "offload" else [])
 
 
 def test_unknown_recomputation_is_refused(parameters):
