@@ -140,8 +140,8 @@ def main() -> None:
     for seed, name in enumerate(CONFIGS):
         torch.manual_seed(seed)
         make_checkpoint(name)
-    for folder in sorted(path for path in DATA.iterdir() if path.is_dir()):
-        store_numbers(folder)
+    for file in sorted(DATA.glob("*/config.json")):
+        store_numbers(file.parent)
 
 
 if __name__ == "__main__":

@@ -116,10 +116,10 @@ def read_scaling(rope: Mapping[str, Any], max_positions: int) -> RopeScaling | N
             f" Known types are: {names}."
         )
     known = _KINDS[kind]
-    if kind == "yarn":
-        _read_mscale(rope)
     if kind in ("yarn", "longrope") and "factor" not in rope and _ORIGINAL in rope:
         rope["factor"] = max_positions / rope[_ORIGINAL]
+    if kind == "yarn":
+        _read_mscale(rope)
     if _ORIGINAL in known:
         rope.setdefault(_ORIGINAL, max_positions)
     if unknown := sorted(rope.keys() - known.keys()):

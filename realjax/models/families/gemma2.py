@@ -32,7 +32,7 @@ def read_config(fields: Mapping[str, Any]) -> ModelConfig:
     left.only("use_bidirectional_attention", False)
     attention_cap = left.take("attn_logit_softcapping", 50.0)
     logit_cap = left.take("final_logit_softcapping", 30.0)
-    scale = left.take("query_pre_attn_scalar", 256)
+    scalar = left.take("query_pre_attn_scalar", 256)
     config = _decoder.read_decoder(
         left,
         family="gemma2",
@@ -43,17 +43,20 @@ def read_config(fields: Mapping[str, Any]) -> ModelConfig:
         activation=("hidden_activation", "gelu_pytorch_tanh"),
         attention_soft_cap=attention_cap,
         logit_soft_cap=logit_cap,
-        attention_scale=None if scale is None else scale**-0.5,
         **_decoder.read_bias(left),
         **_OWN,
     )
     window = left.take("sliding_window", 4096)
     is_windowed = left.layer_types(config.num_layers)
     if is_windowed is None:
-        is_windowed = tuple(layer % 2 == 0 for layer in range(config.num_layers))
+        is_windowed = _alternating(config.num_layers)["windowed_layers"]
     # Files of the first release name an activation twice; this one was never read.
     left.refuse_rest(("hidden_act",))
-    return dataclasses.replace(config, **_decoder.windows(window, is_windowed))
+    return dataclasses.replace(
+        config,
+        attention_scale=attention_scale(scalar, config.head_dim),
+        **_decoder.windows(window, is_windowed),
+    )
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -65,6 +68,11 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     fields = _decoder.write_decoder(config, CLASSES, activation="hidden_activation")
     fields |= write_own(config)
     return _decoder.checked(fields, config, read_config)
+
+
+def attention_scale(scalar: float | None, head_dim: int) -> float | None:
+    """Return the factor of scores that 'query_pre_attn_scalar' means; None is usual."""
+    return None if scalar in (None, head_dim) else scalar**-0.5
 
 
 def write_own(config: ModelConfig) -> dict[str, Any]:
@@ -97,15 +105,15 @@ def size(name: str) -> ModelConfig:
         **{"attention_soft_cap": 50.0, "logit_soft_cap": 30.0},
         **{"bos_id": 2, "eos_ids": (1,), "pad_id": 0},
     }
+    largest = shared | {"attention_scale": 144**-0.5}
     # name: width, layers, heads, key and value heads, head, feed-forward
     table: Table = {
-        "2b": (shared | _sizes_own(26, 256), (2304, 26, 8, 4, 256, 9216)),
-        "9b": (shared | _sizes_own(42, 256), (3584, 42, 16, 8, 256, 14336)),
-        "27b": (shared | _sizes_own(46, 144), (4608, 46, 32, 16, 128, 36864)),
+        "2b": (shared | _alternating(26), (2304, 26, 8, 4, 256, 9216)),
+        "9b": (shared | _alternating(42), (3584, 42, 16, 8, 256, 14336)),
+        "27b": (largest | _alternating(46), (4608, 46, 32, 16, 128, 36864)),
     }
     return published("gemma2", "Gemma 2", table, name)
 
 
-def _sizes_own(num_layers: int, scalar: int) -> dict[str, Any]:
-    windowed = tuple(layer % 2 == 0 for layer in range(num_layers))
-    return {"attention_scale": scalar**-0.5, "windowed_layers": windowed}
+def _alternating(num_layers: int) -> dict[str, Any]:
+    return {"windowed_layers": tuple(layer % 2 == 0 for layer in range(num_layers))}

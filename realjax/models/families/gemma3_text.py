@@ -17,7 +17,7 @@ from realjax.models.families import _decoder, _rope
 from realjax.models.families._decoder import Classes
 from realjax.models.families._fields import Fields
 from realjax.models.families._sizes import Table, published
-from realjax.models.families.gemma2 import write_own
+from realjax.models.families.gemma2 import attention_scale, write_own
 
 CLASSES = Classes("Gemma3ForCausalLM", "Gemma3TextForSequenceClassification")
 IGNORED_TENSORS = _decoder.IGNORED_TENSORS
@@ -40,7 +40,7 @@ def read_config(fields: Mapping[str, Any]) -> ModelConfig:
     left.only("use_bidirectional_attention", False)
     # transformers has this field for Gemma 3 and does not compute it.
     left.only("attn_logit_softcapping")
-    scale = left.take("query_pre_attn_scalar", 256)
+    scalar = left.take("query_pre_attn_scalar", 256)
     config = _decoder.read_decoder(
         left,
         family="gemma3_text",
@@ -50,7 +50,6 @@ def read_config(fields: Mapping[str, Any]) -> ModelConfig:
         tie_embeddings=True,
         activation=("hidden_activation", "gelu_pytorch_tanh"),
         logit_soft_cap=left.take("final_logit_softcapping", None),
-        attention_scale=None if scale is None else scale**-0.5,
         has_rope=False,
         **_decoder.read_bias(left),
         **_OWN,
@@ -65,7 +64,8 @@ def read_config(fields: Mapping[str, Any]) -> ModelConfig:
     windows = _decoder.windows(window, is_windowed)
     if windows["window"] is None:
         rope.pop("local_rope_theta")
-    return dataclasses.replace(config, **rope, **windows)
+    scale = attention_scale(scalar, config.head_dim)
+    return dataclasses.replace(config, attention_scale=scale, **rope, **windows)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -114,20 +114,20 @@ def size(name: str) -> ModelConfig:
         **{"vocab_size": 262208, "max_positions": 131072, "window": 1024},
         "rope_scaling": RopeScaling(kind="linear", factor=8.0),
     }
+    largest = large | {"attention_scale": 168**-0.5}
     # name: width, layers, heads, key and value heads, head, feed-forward
     table: Table = {
-        "270m": (small | _sizes_own(18, 256), (640, 18, 4, 1, 256, 2048)),
-        "1b": (small | _sizes_own(26, 256), (1152, 26, 4, 1, 256, 6912)),
-        "4b": (large | _sizes_own(34, 256), (2560, 34, 8, 4, 256, 10240)),
-        "12b": (large | _sizes_own(48, 256), (3840, 48, 16, 8, 256, 15360)),
-        "27b": (large | _sizes_own(62, 168), (5376, 62, 32, 16, 128, 21504)),
+        "270m": (small | _repeating(18), (640, 18, 4, 1, 256, 2048)),
+        "1b": (small | _repeating(26), (1152, 26, 4, 1, 256, 6912)),
+        "4b": (large | _repeating(34), (2560, 34, 8, 4, 256, 10240)),
+        "12b": (large | _repeating(48), (3840, 48, 16, 8, 256, 15360)),
+        "27b": (largest | _repeating(62), (5376, 62, 32, 16, 128, 21504)),
     }
     return published("gemma3_text", "Gemma 3", table, name)
 
 
-def _sizes_own(num_layers: int, scalar: int) -> dict[str, Any]:
-    windowed = _windowed(num_layers, 6)
-    return {"attention_scale": scalar**-0.5, "windowed_layers": windowed}
+def _repeating(num_layers: int) -> dict[str, Any]:
+    return {"windowed_layers": _windowed(num_layers, 6)}
 
 
 def _windowed(num_layers: int, pattern: int) -> tuple[bool, ...]:

@@ -1,0 +1,151 @@
+"""Every family means here what it means to transformers, in both directions.
+
+The numbers in `data/families` are transformers' (make_families.py); the folders
+`exported_*` there are ours (make_exports.py).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from realjax.models import cache, heads, hf
+from realjax.models.families import names
+from realjax.models.transformer import extend, hidden_states
+from tests.parity import make_exports
+from tests.parity.make_exports import FAMILIES as DATA
+
+pytestmark = pytest.mark.parity
+
+FOLDERS = sorted(path.name for path in DATA.iterdir() if path.is_dir())
+LANGUAGE = [name for name in FOLDERS if "scalar" not in name]
+SCALAR = [name for name in FOLDERS if "scalar" in name]
+# One of each family, the one with more of what sets it apart.
+SAMPLE = (
+    *("gemma2_capped", "gemma3_scaled", "gemma_untied", "gpt2_scaled"),
+    *("llama_dynamic", "mistral_window", "mixtral_window", "qwen2_window"),
+    *("qwen3_window", "qwen3_moe_normalized", "exported_scalar_gemma2"),
+)
+PROMPT = 8
+# Slots before the prompt, as beside longer prompts.
+UNUSED = 3
+
+
+def sampled(folders):
+    """The folders, those that are not in the sample marked as slow."""
+    return [
+        name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow)
+        for name in folders
+    ]
+
+
+def load(name):
+    """Config, parameters and transformers' numbers of a stored checkpoint."""
+    config = hf.read_config(DATA / name)
+    numbers = {key: jnp.asarray(x) for key, x in np.load(DATA / f"{name}.npz").items()}
+    return config, hf.load(DATA / name), numbers
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def hidden_of(parameters, config, tokens):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return hidden_states(
+        parameters, config, tokens, positions, jnp.ones(tokens.shape, jnp.int32)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def greedy_of(parameters, config, prompts, num_new):
+    """Continue prompts with a cache: read them, then one token a step."""
+    first_slot = jnp.full(len(prompts), UNUSED, jnp.int32)
+
+    def next_token(tokens, start, state):
+        positions = start - UNUSED + jnp.arange(tokens.shape[1])
+        hidden, state = extend(
+            parameters,
+            config,
+            tokens,
+            jnp.broadcast_to(positions, tokens.shape),
+            state,
+            start=start,
+            first_slot=first_slot,
+        )
+        logits = heads.logits(parameters, config, hidden[:, -1])
+        return jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32), state
+
+    def step(carry, start):
+        tokens, state = next_token(carry[0], start, carry[1])
+        return (tokens, state), carry[0][:, 0]
+
+    slots = UNUSED + PROMPT + num_new
+    state = cache.empty(config, len(prompts), slots, jnp.float32)
+    padded = jnp.pad(prompts, ((0, 0), (UNUSED, 0)))
+    first = next_token(padded, jnp.int32(0), state)
+    starts = UNUSED + PROMPT + jnp.arange(num_new)
+    return jax.lax.scan(step, first, starts)[1].T
+
+
+def test_every_family_has_checkpoints_and_an_export():
+    made = [hf.read_config(DATA / name).family for name in FOLDERS]
+    exported = [
+        hf.read_config(DATA / name).family
+        for name in FOLDERS
+        if name.startswith("exported")
+    ]
+    for family in names():
+        assert made.count(family) - exported.count(family) >= 2, family
+        assert family == "llama" or family in exported
+    assert {hf.read_config(DATA / name).family for name in SAMPLE} == set(names())
+
+
+@pytest.mark.parametrize("name", sampled(LANGUAGE))
+def test_logits_are_those_of_transformers(name):
+    config, parameters, numbers = load(name)
+    hidden = hidden_of(parameters, config, numbers["tokens"])
+    logits = heads.logits(parameters, config, hidden)
+    np.testing.assert_allclose(logits, numbers["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", sampled(SCALAR))
+def test_scalars_are_those_of_transformers(name):
+    config, parameters, numbers = load(name)
+    hidden = hidden_of(parameters, config, numbers["tokens"])
+    scalars = heads.scalars(parameters, hidden)
+    np.testing.assert_allclose(scalars, numbers["scalars"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", sampled(LANGUAGE))
+def test_greedy_tokens_with_a_cache_are_those_of_transformers(name):
+    config, parameters, numbers = load(name)
+    prompts, expected = numbers["tokens"][:, :PROMPT], numbers["greedy"]
+    greedy = greedy_of(parameters, config, prompts, expected.shape[1])
+    np.testing.assert_array_equal(greedy, expected)
+
+
+@pytest.mark.parametrize("name", make_exports.FAMILY_CONFIGS)
+def test_exporting_again_writes_the_stored_files(name, tmp_path):
+    config = make_exports.FAMILY_CONFIGS[name]
+    hf.save(tmp_path / name, config, make_exports.parameters(config))
+    written = sorted(path.name for path in (tmp_path / name).iterdir())
+    assert written == sorted(path.name for path in (DATA / name).iterdir())
+    for file in written:
+        new, stored = tmp_path / name / file, DATA / name / file
+        if new.suffix == ".json":
+            assert new.read_text() == stored.read_text()
+        else:
+            new, stored = load_file(new), load_file(stored)
+            assert new.keys() == stored.keys()
+            for tensor in new:
+                np.testing.assert_array_equal(new[tensor], stored[tensor])
+
+
+@pytest.mark.parametrize("name", make_exports.FAMILY_CONFIGS)
+def test_a_stored_export_loads_as_what_was_exported(name):
+    config, parameters, _ = load(name)
+    assert config == make_exports.FAMILY_CONFIGS[name]
+    jax.tree.map(
+        np.testing.assert_array_equal, parameters, make_exports.parameters(config)
+    )
