@@ -11,7 +11,45 @@ from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import make_mesh
 from realjax.parallel.partition import partition_for
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """What training decides of the routers of a mixture of experts.
+
+    None leaves what the model's own config says; see `MoEConfig` for the meanings.
+
+    Attributes:
+        aux_loss_coef: of the load-balancing loss.
+        z_loss_coef: of the mean squared log-normaliser.
+        jitter: of the router's input.
+        capacity_factor: 0 drops no token.
+        drop_policy: "probs" or "position".
+    """
+
+    aux_loss_coef: float | None = None
+    z_loss_coef: float | None = None
+    jitter: float | None = None
+    capacity_factor: float | None = None
+    drop_policy: str | None = None
+
+    def applied(self, model: ModelConfig) -> ModelConfig:
+        """Return the model with these routers.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        fields = dataclasses.asdict(self)
+        changes = {name: value for name, value in fields.items() if value is not None}
+        if not changes:
+            return model
+        if model.moe is None:
+            raise ValueError(
+                f"The role's router has {changes}, and its model (family"
+                f" {model.family!r}) has no experts. Remove them."
+            )
+        return dataclasses.replace(model, moe=dataclasses.replace(model.moe, **changes))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,18 +58,24 @@ class RoleConfig:
 
     Attributes:
         path: folder of a Hugging Face checkpoint; empty for a new model.
+        family: dotted name of a module of your own that reads it; "" takes the family
+            that its config.json names.
         tokenizer: folder of its tokenizer; empty means `path`.
         model: sizes of a new model, by the names of `ModelConfig` (the vocabulary's
             comes from the tokenizer).
-        dtype: of matrix products; "" means bfloat16 on a GPU, float32 elsewhere.
+        router: of a mixture of experts, where it differs from the model's.
+        dtype: of matrix products; "" means bfloat16 on a GPU, float32 elsewhere. A
+            role that is trained is not "float16".
         remat: what the backward pass computes anew, one of `transformer.REMATS`.
         offload: whether a role that no call trains waits in host memory.
         optimizer: of a trained role.
     """
 
     path: str = ""
+    family: str = ""
     tokenizer: str = ""
     model: dict = dataclasses.field(default_factory=dict)
+    router: RouterConfig = RouterConfig()
     dtype: str = ""
     remat: str = "none"
     offload: bool = False
@@ -62,6 +106,14 @@ class Role:
     eos_ids: tuple[int, ...]
     dtype: str
     is_trained: bool
+
+    def __post_init__(self):
+        """Refuses a type in which small gradients vanish."""
+        if self.is_trained and self.dtype == "float16":
+            raise ValueError(
+                f"Role {self.name!r} is trained in float16, whose gradients vanish"
+                " below 6e-8 without loss scaling, which is not built. Use bfloat16."
+            )
 
     def program(self, allocation: Allocation) -> ModelProgram:
         """What a function compiled for one allocation has to know of this model."""

@@ -454,6 +454,7 @@ class Executor:
         metrics: Metrics = {}
         for report in reports:
             for name, mean in report.items():
-                key = names[name] if name in names else name
+                is_router = name.startswith("router/")
+                key = name + suffix if is_router else names.get(name, name)
                 metrics.setdefault(key, []).append(mean)
         return metrics

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import types
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -171,13 +172,17 @@ def load(
     folder: str | pathlib.Path,
     allocation: str | Allocation | None = None,
     dtype: str | None = None,
+    family: str | types.ModuleType | None = None,
 ) -> Model:
-    """Reads a Hugging Face folder onto devices.
+    """Reads a Hugging Face folder onto devices: of a policy, reward model or critic.
 
     Args:
-        folder: config.json and safetensors; a tokenizer is read where there is one.
+        folder: config.json and safetensors (or .bin files); a tokenizer is read where
+            there is one.
         allocation: as in "d2t4"; data parallel over all devices by default.
-        dtype: "float32" or "bfloat16"; by default bfloat16 on a GPU.
+        dtype: "float32", "bfloat16" or "float16"; by default bfloat16 on a GPU.
+        family: a module of your own, or its dotted name, that reads the folder's config
+            and tensors; None takes the family that its config.json names.
 
     Raises:
         FileNotFoundError: there is no such folder or it holds no model.
@@ -187,7 +192,7 @@ def load(
     folder = pathlib.Path(folder)
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
-    config = hf.read_config(folder)
+    config = hf.read_config(folder, family=family)
     if not isinstance(allocation, Allocation):
         allocation = Allocation.parse(allocation or f"d{len(jax.devices())}")
     check_fit(allocation, config)

@@ -404,21 +404,23 @@ def _make_role(
     head, is_trained = _needed_head(name, graph), name in graph.trained_roles
     if role.path:
         with _about(f"Role {name!r}"):
-            model = hf.read_config(role.path)
+            model = hf.read_config(role.path, family=role.family or None)
             if model.head == "language" and head == "scalar" and not is_trained:
                 raise ValueError(
                     f"{role.path} holds a language model, and no call trains this "
                     "role: its scores would be those of a random head. Give the folder "
                     "of a reward model."
                 )
-            hf.check(role.path, head=head)
-        model = dataclasses.replace(model, head=head)
+            model = dataclasses.replace(model, head=head)
+            hf.check(role.path, config=model)
     else:
         sizes = {"vocab_size": tokenizer.vocab_size, "eos_ids": tokenizer.eos_ids}
         path = f"config.roles.{name}.model"
         model = to_dataclass(
             ModelConfig, sizes | role.model | {"head": head}, path=path
         )
+    with _about(f"Role {name!r}"):
+        model = role.router.applied(model)
     if model.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"Role {name!r} has a vocabulary of {model.vocab_size} and its tokenizer "

@@ -15,6 +15,7 @@ from realjax.dataflow.schedule import home_places
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import Role, RoleConfig
 from realjax.models.transformer import abstract_parameters
+from realjax.parallel.sharding import padded_for
 from realjax.realloc import live_bytes
 from realjax.realloc.transfer import move_array
 from realjax.rl import Mean, Sampling, ScoreShaping
@@ -51,9 +52,11 @@ def hyperparameters(sampling=None, **changes):
     return ppo.PPO(sampling=Sampling(max_new_tokens=NEW_TOKENS, **draws), **changes)
 
 
-def roles_of(graph, offload):
+def roles_of(graph, plan, offload, model):
     roles = {}
     for name in graph.roles:
+        calls = [plan.calls[n] for n, c in graph.calls.items() if c.role == name]
+        padded = padded_for(model, [call.allocation for call in calls])
         head = "language" if name in ("policy", "reference") else "scalar"
         roles[name] = Role(
             name=name,
@@ -61,7 +64,7 @@ def roles_of(graph, offload):
                 optimizer=OptimizerConfig(learning_rate=2e-3, epsilon=1e-5),
                 offload=name in offload,
             ),
-            model=dataclasses.replace(MODEL, head=head),
+            model=dataclasses.replace(padded, head=head),
             eos_ids=EOS_IDS,
             dtype="float32",
             is_trained=name in graph.trained_roles,
@@ -74,17 +77,19 @@ def parameters_of(config, seed):
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
-        if path[-1].key == "scale":
-            return jnp.ones(leaf.shape)
         deviation = 0.25 if path[0].key in ("head", "score") else 0.02
-        return jnp.asarray(deviation * rng.standard_normal(leaf.shape, np.float32))
+        drawn = np.ones(leaf.real_shape, np.float32)
+        if path[-1].key != "scale":
+            drawn = deviation * rng.standard_normal(leaf.real_shape, np.float32)
+        sizes = zip(leaf.real_shape, leaf.shape, strict=True)
+        return jnp.pad(drawn, [(0, padded - size) for size, padded in sizes])
 
     return jax.tree_util.tree_map_with_path(
         draw, abstract_parameters(config), is_leaf=lambda leaf: hasattr(leaf, "axes")
     )
 
 
-def make_executor(hp, allocations, *, rows=None, offload=()):
+def make_executor(hp, allocations, *, rows=None, offload=(), model=MODEL):
     graph = ppo.graph(hp)
     plan = make_plan(
         graph,
@@ -93,7 +98,7 @@ def make_executor(hp, allocations, *, rows=None, offload=()):
         rows=rows,
         microbatch_tokens=2 * WIDTH,
     )
-    roles = roles_of(graph, offload)
+    roles = roles_of(graph, plan, offload, model)
     models = {name: role.model for name, role in roles.items()}
     homes = home_places(graph, plan, dict.fromkeys(roles, "float32"))
     executor = Executor(
@@ -107,8 +112,8 @@ def make_executor(hp, allocations, *, rows=None, offload=()):
         width=WIDTH,
     )
     store = executor.store
-    for name, model in models.items():
-        store.set_initial(name, parameters_of(model, SEEDS[name]))
+    for name, config in models.items():
+        store.set_initial(name, parameters_of(config, SEEDS[name]))
     for role in graph.trained_roles:
         program = executor.train_program(role)
         store.set_train_state(role, program.init_optimizer(store.at_home(role)))
