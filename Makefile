@@ -24,10 +24,10 @@ PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-all test-gpu check fmt notebooks setup cuda lock clean
+.PHONY: help quickstart test test-all test-gpu check check-gpu-compile fmt notebooks setup cuda lock clean
 
 help:  ## This list
-	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed 's/:.*  ## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed 's/:.*  ## /\t/' | expand -t 20
 
 quickstart: .venv/.run $(if $(CUDA),.venv/.cuda)  ## Fine-tune, train a reward model, run PPO: text to a better model
 	$(BIN)/python -m realjax.cli.train --config=configs/quickstart.py \
@@ -47,6 +47,9 @@ check: .venv/.dev  ## Format, lint, types, and the house rules
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(PYTEST) tests/house
+
+check-gpu-compile: .venv/.dev .venv/.aot  ## Compile 8B steps for GPUs that are not there; check memory
+	$(PYTEST) -n 0 tests/gpu_compile_test.py $(ARGS)
 
 fmt: .venv/.dev  ## Format, and fix what the linter can
 	$(BIN)/ruff format .
@@ -98,4 +101,12 @@ install = { $(BIN)/uv pip install --quiet --python $(BIN)/python --no-config \
 
 .venv/.cuda: requirements/cuda.lock .venv/.run
 	@$(call install,$<)
+	@touch $@
+
+# Beside .venv's packages, not among them: JAX would look for a GPU at every start.
+# PYTHONPATH=.venv/aot adds them. A folder of its own, so that nothing old stays in it.
+.venv/.aot: requirements/aot.lock .venv/.run
+	@rm -rf .venv/aot
+	@$(BIN)/python -m pip install --quiet --no-compile --no-deps --require-hashes \
+	  --disable-pip-version-check --target .venv/aot --requirement $<
 	@touch $@

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves pyproject.toml into the four locks: versions and hashes, no addresses.
+# Resolves pyproject.toml into the locks: versions and hashes, no addresses.
 # Run by `make lock`; arguments go to `uv pip compile` (`make lock ARGS=--upgrade`).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,3 +17,4 @@ compile dev pyproject.toml requirements/installer.in --extra dev "${@}"
 compile run pyproject.toml --constraints requirements/dev.lock "${@}"
 compile installer requirements/installer.in --constraints requirements/dev.lock "${@}"
 compile cuda pyproject.toml --extra cuda --constraints requirements/dev.lock "${@}"
+compile aot requirements/aot.in --no-deps --constraints requirements/cuda.lock "${@}"

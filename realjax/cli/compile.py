@@ -47,14 +47,14 @@ def main(values: flags.FlagValues) -> int:
     """Compiles; prints a table, then JSON."""
     if values.config is None:
         raise ValueError("--config is missing, as in --config=configs/ppo.py.")
-    # The GPU is only described: tracing happens beside it, on the CPU. A program from
-    # the cache would not say what it needs.
+    # The GPU is only described: tracing happens beside it, on the CPU.
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)
     try:
         topology = aot.describe(values["for"].value)
     except (ValueError, ModuleNotFoundError) as error:
         raise ValueError(f"--for={values['for'].value}: {error}") from None
+    # A program from the cache would not say what it needs.
+    jax.config.update("jax_enable_compilation_cache", False)
     config = run_config(values.config.to_dict())
     console, found = rich.console.Console(stderr=True), []
     for part in described_programs(config, topology, tuple(values.calls)):

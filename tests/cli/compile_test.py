@@ -1,0 +1,126 @@
+"""Tests of `realjax/cli/compile.py` that need no compiler for CUDA.
+
+A machine's own devices stand in for described ones: what is made for them, and not
+what a GPU's compiler says of it, is tested here. `tests/gpu_compile_test.py` compiles.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.testing import aot
+from realjax.cli import compile as cli
+from realjax.models.config import ModelConfig
+from realjax.runtime.described import described_programs
+from realjax.runtime.recipe import load_config
+from realjax.testing import TINY
+
+
+def tiny(**overrides):
+    """Return the 8B config with a model of a few thousand parameters."""
+    values = load_config("configs/compile_llama_8b.py").to_dict()
+    for role in values["roles"].values():
+        role["model"] = dict(TINY, vocab_size=250, eos_ids=(1,))
+    values["data"] |= {"max_prompt_length": 8, "batch_size": 16}
+    values["hp"]["sampling"]["max_new_tokens"] = 8
+    values["rows"] = dict.fromkeys(values["rows"], 8)
+    return cli.run_config(values | overrides)
+
+
+def virtual_devices() -> aot.Topology:
+    return aot.Topology("cpux8", tuple(jax.devices()))
+
+
+def test_the_llama_8b_config_has_eight_billion_parameters():
+    role = load_config("configs/compile_llama_8b.py").to_dict()["roles"]["policy"]
+    model = ModelConfig(**{**role["model"], "rope_scaling": None})
+    assert model.num_parameters == 8_030_261_248
+
+
+def test_every_call_gets_its_programs_and_the_batch_follows_the_graph():
+    parts = list(described_programs(tiny(allocation="f4t2"), virtual_devices()))
+    assert [(part.call, part.name) for part in parts] == [
+        ("rollout", "wave"),
+        ("rollout", "decode"),
+        ("reward", "fill"),
+        ("reference", "fill"),
+        ("value", "fill"),
+        ("train_policy", "accumulate"),
+        ("train_policy", "apply"),
+        ("train_critic", "accumulate"),
+        ("train_critic", "apply"),
+    ]
+    train = next(part for part in parts if part.call == "train_policy")
+    # Advantages come from a transform of what the calls before it wrote.
+    batch = train.arguments[2]
+    assert batch["advantages"].shape == (16, 16)
+    assert batch["tokens"].dtype == jnp.int32
+    masters = jax.tree.leaves(train.arguments[0])
+    assert {leaf.dtype for leaf in masters} == {jnp.dtype("float32")}
+    reference = next(part for part in parts if part.call == "reference")
+    stored = jax.tree.leaves(reference.arguments[0])
+    assert {leaf.dtype for leaf in stored} == {jnp.dtype("bfloat16")}
+
+
+def test_the_programs_are_those_that_the_devices_run():
+    (fill,) = described_programs(
+        tiny(allocation="d4t2"), virtual_devices(), ("reference",)
+    )
+    compiled = fill.function.lower(*fill.arguments).compile()
+    assert compiled.memory_analysis().argument_size_in_bytes > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["f4t2", "s2f4"])
+def test_all_programs_lower(strategy):
+    rollout = {"rollout": "f4t2"}  # Stages do not generate.
+    config = tiny(allocation=strategy, allocations=rollout)
+    for part in described_programs(config, virtual_devices()):
+        part.function.lower(*part.arguments)
+
+
+def test_a_call_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"'train' is no call of a role.*train_policy"):
+        list(described_programs(tiny(), virtual_devices(), ("train",)))
+
+
+def test_a_model_of_unknown_vocabulary_is_refused():
+    values = load_config("configs/ppo.py:debug").to_dict()
+    with pytest.raises(ValueError, match="has no path, and its model no vocab_size"):
+        list(described_programs(cli.run_config(values), virtual_devices()))
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--for=h200x3", "none of the described devices"),
+        ("--for=tpu", "none of the described devices"),
+    ],
+)
+def test_devices_that_are_not_described_end_with_a_message(capsys, flag, message):
+    config = "--config=configs/compile_llama_8b.py"
+    assert cli.command([config, flag]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_json_holds_every_program_with_its_bytes():
+    (part,) = described_programs(
+        tiny(allocation="d8"), virtual_devices(), ("reference",)
+    )
+    report = aot.Report(
+        argument_bytes=1,
+        output_bytes=2,
+        alias_bytes=2,
+        temporary_bytes=2**30,
+        peak_bytes=5,
+        seconds=1.0,
+        collectives=(),
+        arrays=(),
+    )
+    cli.print_table(virtual_devices(), [(part, report)])
+    found = cli.as_dict(virtual_devices(), [(part, report)])
+    assert found["for"] == "cpux8"
+    (program,) = found["programs"]
+    assert program["call"] == "reference"
+    assert program["allocation"] == "d8@0-7"
+    assert program["temporary_bytes"] == 2**30

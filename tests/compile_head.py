@@ -1,0 +1,59 @@
+"""Compile the language head of Llama 3.1 8B alone, forward and backward, for H200s.
+
+    JAX_PLATFORMS=cpu PYTHONPATH=.venv/aot:. python tests/compile_head.py f8 32
+
+Arguments: a strategy, and how many rows of 4096 tokens there are in all. Prints one
+line of JSON, what the program needs on one device. Used by `gpu_compile_test.py`.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear_logprob import linear_logprob
+from pallas_kernels.testing import aot
+from realjax.parallel.allocation import Allocation
+from realjax.parallel.head import linear_logprob_for
+from realjax.parallel.mesh import make_mesh
+from realjax.parallel.sharding import parameter_shardings, rows_sharding
+
+WIDTH, VOCAB, LENGTH = 4096, 128256, 4096
+
+
+def on_one_device(hidden, kernel, targets):
+    scores = linear_logprob(hidden.reshape(-1, WIDTH), kernel, targets.reshape(-1))
+    return [x.reshape(targets.shape) for x in scores]
+
+
+def main(strategy: str, num_rows: int) -> None:
+    allocation = Allocation.parse(strategy)
+    topology = aot.describe(f"h200x{allocation.size}")
+    mesh = make_mesh(allocation, topology.devices)
+    of_rows = rows_sharding(mesh, num_rows)
+    of_kernel = parameter_shardings(("embed", "vocab"), mesh)
+    score = linear_logprob_for(mesh) or on_one_device
+
+    def loss(hidden, kernel, targets, weights):
+        logprobs, entropy = score(hidden, kernel, targets)
+        return jnp.sum(weights * logprobs) + jnp.sum(weights * entropy)
+
+    def shape(*size, dtype=jnp.float32, sharding=of_rows):
+        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    report = aot.compile_for(
+        topology,
+        jax.jit(gradient, out_shardings=(of_rows, of_kernel)),
+        shape(num_rows, LENGTH, WIDTH, dtype=jnp.bfloat16),
+        shape(WIDTH, VOCAB, sharding=of_kernel),
+        shape(num_rows, LENGTH, dtype=jnp.int32),
+        shape(num_rows, LENGTH),
+        mesh=mesh,
+    )
+    print(json.dumps(report.as_dict()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

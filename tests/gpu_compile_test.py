@@ -1,0 +1,132 @@
+"""Whole steps at the size of Llama 3.1 8B, compiled for H200s that are not there.
+
+`make check-gpu-compile` runs these; each compiles for about a minute. They need the
+wheels of `requirements/aot.lock` in .venv/aot and are skipped without them.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+WHEELS = ROOT / ".venv" / "aot"
+GIB = 2**30
+
+BUDGETS = {
+    # Beyond the masters and the sums of gradients, at 4 rows of 4096 tokens a device;
+    # tensor parallel at 4 rows in all.
+    "train_policy f8 accumulate": 12.0 * GIB,
+    "train_policy t8 accumulate": 9.2 * GIB,
+    # Nothing but what is updated in place.
+    "train_policy f8 apply": 0.1 * GIB,
+    "train_policy t8 apply": 0.1 * GIB,
+    "reference f8 fill": 6.0 * GIB,
+    # 256 completions on one device; keys or values of all layers are 32 GiB.
+    "rollout d1 decode": 2.5 * GIB,
+    # Of 64k tokens by 128k columns, and its part in the 8B step on eight devices.
+    "head d1": 1.0 * GIB,
+    "head f8": 0.25 * GIB,
+    "head t8": 0.25 * GIB,
+}
+"""Most bytes of temporaries on one device."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not WHEELS.exists(), reason="needs .venv/aot, made by `make check-gpu-compile`"
+    ),
+]
+
+
+def run(*arguments: str) -> dict:
+    """Run Python without a GPU; return the JSON of its last line."""
+    paths = (str(WHEELS), str(ROOT), os.environ.get("PYTHONPATH", ""))
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": ":".join(paths), "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@functools.cache
+def compiled(call: str, strategy: str, *overrides: str) -> dict[str, dict]:
+    """Return the report of each program of a call."""
+    num_devices = int(strategy[1:])
+    found = run(
+        *("-m", "realjax.cli.compile", "--config=configs/compile_llama_8b.py"),
+        *(f"--for=h200x{num_devices}", f"--calls={call}"),
+        *(f"--config.allocation={strategy}", *overrides),
+    )
+    return {program["program"]: program for program in found["programs"]}
+
+
+def collectives(program: dict, *, is_looped: bool) -> list[tuple[str, str, int]]:
+    """Return kind, shape and number of runs of the larger ones, sorted."""
+    return sorted(
+        (c["kind"], c["shape"], c["times"])
+        for c in program["collectives"]
+        if c["is_looped"] == is_looped and c["num_bytes"] > 2**20
+    )
+
+
+def check(name: str, program: dict) -> None:
+    found = program["temporary_bytes"]
+    assert found <= BUDGETS[name], f"{name}: {found / GIB:.2f} GiB of temporaries"
+
+
+@pytest.mark.parametrize(("strategy", "rows"), [("f8", 32), ("t8", 4)])
+def test_train_step_fits_its_budget(strategy, rows):
+    programs = compiled("train_policy", strategy, f"--config.rows.train_policy={rows}")
+    for name in ("accumulate", "apply"):
+        check(f"train_policy {strategy} {name}", programs[name])
+        # The old state is updated in place.
+        assert programs[name]["alias_bytes"] > 3 * GIB
+
+
+def test_fsdp_never_holds_the_whole_head_nor_its_gradient():
+    program = compiled("train_policy", "f8", "--config.rows.train_policy=32")
+    for array in program["accumulate"]["arrays"]:
+        assert "4096,128256" not in array["shape"]
+    for found in program["accumulate"]["collectives"]:
+        assert "128256" not in found["shape"]
+        # In loops: weights of a layer and a chunk of hidden states, no more.
+        assert not found["is_looped"] or found["num_bytes"] <= 112 * 2**20
+
+
+def test_tensor_parallel_layers_sum_their_outputs_and_nothing_else():
+    program = compiled("train_policy", "t8", "--config.rows.train_policy=4")
+    found = program["accumulate"]["collectives"]
+    assert {c["kind"] for c in found} == {"all-reduce"}
+    of_layers = [c for c in found if c["times"] == 32]
+    # Attention and feed-forward layer: forward, anew before the gradient (the last sum
+    # of a layer is not needed there), and backward. Query, key and value are one sum.
+    size = 4 * 4096 * 4096 * 2
+    assert sum(c["num_bytes"] for c in of_layers) == 5 * size
+
+
+def test_inference_fits_its_budget():
+    check("reference f8 fill", compiled("reference", "f8")["fill"])
+
+
+def test_decoding_updates_the_cache_in_place():
+    program = compiled("rollout", "d1", "--config.hp.sampling.max_new_tokens=1024")
+    decode = program["decode"]
+    check("rollout d1 decode", decode)
+    cache_bytes = 2 * 32 * 256 * 8 * 2048 * 128 * 2
+    assert decode["alias_bytes"] >= cache_bytes
+    assert decode["collectives"] == []
+
+
+@pytest.mark.parametrize(("strategy", "num_rows"), [("d1", 16), ("f8", 32), ("t8", 4)])
+def test_head_adds_little_beyond_inputs_and_gradients(strategy, num_rows):
+    check(f"head {strategy}", run("tests/compile_head.py", strategy, str(num_rows)))
