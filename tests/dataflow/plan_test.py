@@ -47,3 +47,9 @@ def test_rows_are_a_multiple_of_the_data_shards():
 def test_rows_by_call_win_over_the_token_budget():
     plan = make_plan(GRAPH, num_devices=8, rows={"value": 40})
     assert plan.num_rows("value", max_rows=64, row_length=96) == 40
+
+
+def test_generation_over_stages_is_refused_and_the_reason_given():
+    with pytest.raises(ValueError, match=r"'rollout' generates.*has 2 stages") as error:
+        make_plan(GRAPH, num_devices=8, allocations={"rollout": "s2t2@0-3"})
+    assert "would wait for the others at every token" in str(error.value)
