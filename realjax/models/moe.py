@@ -14,6 +14,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from realjax.core.arrays import Array, Bool, Float, Int, UInt
@@ -100,18 +101,20 @@ def route(
     """Choose the experts of every token.
 
     The product is in x's dtype, as in the families' own code; all that follows is
-    float32.
+    float32. Normalised weights are also a softmax over the k best logits, which is how
+    ReaL has them always.
     """
     logits = jnp.matmul(
         x, router.astype(x.dtype), preferred_element_type=jnp.float32
     ).astype(jnp.float32)
     probabilities = jax.nn.softmax(logits, axis=-1)
     weights, chosen = jax.lax.top_k(probabilities, moe.top_k)
-    if moe.is_normalized:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     is_kept = jnp.broadcast_to(is_token[..., None], chosen.shape)
     if moe.capacity_factor:
+        # By probability: normalised, the weight of an only choice is always 1.
         is_kept &= _within_capacity(weights, chosen, is_token, moe)
+    if moe.is_normalized:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     choice = Choice(
         experts=jnp.where(is_kept, chosen, moe.num_experts),
         weights=jnp.where(is_kept, weights, 0.0),
@@ -132,7 +135,8 @@ def router_sums(
     and counts n times, so that it is a sum over sequences, whatever rows, microbatches
     or devices they are on. The coefficients of the families' configs belong to this
     scale (k at a perfect balance), though their code takes one mean over the tokens of
-    a batch and all its layers.
+    a batch and all its layers. Megatron and ReaL divide by k² (1 / k at a balance), and
+    their loss changes with the microbatches that it is taken over.
 
     Sources: Fedus et al. 2021, eq. 4 to 6, for k = 1; DeepSeek-AI 2024,
     https://arxiv.org/abs/2412.19437, eq. 17 to 20, for sequences.
@@ -174,7 +178,7 @@ def _first_places(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def _within_capacity(
-    weights: Float[Array, "B T k"],
+    probabilities: Float[Array, "B T k"],
     chosen: Int[Array, "B T k"],
     is_token: Bool[Array, "B T"],
     moe: MoEConfig,
@@ -188,7 +192,7 @@ def _within_capacity(
     pairs = chosen.reshape(num_rows, -1)
     counts = jnp.repeat(is_token, top_k, axis=1)
     if moe.drop_policy == "probs":
-        rank = jnp.where(counts, -weights.reshape(num_rows, -1), jnp.inf)
+        rank = jnp.where(counts, -probabilities.reshape(num_rows, -1), jnp.inf)
         order = jnp.argsort(rank, axis=1, stable=True)
     else:
         order = jnp.broadcast_to(jnp.arange(num_places * top_k), pairs.shape)
@@ -198,9 +202,16 @@ def _within_capacity(
     # Pairs of the same expert that come before, counted in the order of preference.
     before = jnp.sum((jnp.cumsum(hits, axis=1) - hits) * hits, axis=-1)
     before = take(before, jnp.argsort(order, axis=1))
-    share = jnp.sum(is_token, axis=1) * (top_k / moe.num_experts)
-    room = jnp.ceil(share * moe.capacity_factor).astype(jnp.int32)
+    room = jnp.asarray(_rooms(num_places, moe))[jnp.sum(is_token, axis=1)]
     return (before < room[:, None]).reshape(chosen.shape)
+
+
+def _rooms(num_places: int, moe: MoEConfig) -> np.ndarray:
+    """Return the room of an expert for 0, 1, …, num_places tokens."""
+    num_tokens = np.arange(num_places + 1, dtype=np.float64)
+    share = num_tokens * moe.top_k / moe.num_experts * moe.capacity_factor
+    # 25 tokens of 2 experts and a factor of 1.2: 15, though 1.2 is not just that.
+    return np.ceil(np.round(share, 6)).astype(np.int32)
 
 
 def _jittered(
