@@ -29,8 +29,8 @@ def on_one_device(hidden, kernel, targets):
 
 def main(strategy: str, num_rows: int) -> None:
     allocation = Allocation.parse(strategy)
-    topology = aot.describe(f"h200x{allocation.size}")
-    mesh = make_mesh(allocation, topology.devices)
+    machine = aot.describe(f"h200x{allocation.size}")
+    mesh = make_mesh(allocation, machine.devices)
     of_rows = rows_sharding(mesh, num_rows)
     of_kernel = parameter_shardings(("embed", "vocab"), mesh)
     score = linear_logprob_for(mesh) or on_one_device
@@ -44,7 +44,7 @@ def main(strategy: str, num_rows: int) -> None:
 
     gradient = jax.grad(loss, argnums=(0, 1))
     report = aot.compile_for(
-        topology,
+        machine,
         jax.jit(gradient, out_shardings=(of_rows, of_kernel)),
         shape(num_rows, LENGTH, WIDTH, dtype=jnp.bfloat16),
         shape(WIDTH, VOCAB, sharding=of_kernel),

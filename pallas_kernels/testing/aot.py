@@ -1,8 +1,8 @@
 """Compiling for GPUs that are not there, and what the compiled program needs.
 
-    topology = describe("h200x8")               # a description, no device
-    mesh = topology.mesh((8,), ("fsdp",))
-    report = compile_for(topology, step, *arguments)      # ShapeDtypeStructs
+    machine = describe("h200x8")               # a description, no device
+    mesh = machine.mesh((8,), ("fsdp",))
+    report = compile_for(machine, step, *arguments)      # ShapeDtypeStructs
     report.temporary_bytes, report.collectives
 
 XLA's compiler for CUDA runs without a driver when it is told what the GPU is, as in
@@ -49,7 +49,7 @@ WHEELS = ("jax_plugins.xla_cuda13", "jax_cuda13_plugin", "nvidia.cu13")
 
 
 @dataclasses.dataclass(frozen=True)
-class Topology:
+class Machine:
     """Described devices of one kind.
 
     Attributes:
@@ -126,7 +126,7 @@ def missing_wheels() -> tuple[str, ...]:
 
 
 @functools.cache
-def describe(name: str) -> Topology:
+def describe(name: str) -> Machine:
     """Describe devices that need not be there.
 
     Args:
@@ -145,12 +145,12 @@ def describe(name: str) -> Topology:
             " requirements/aot.lock`."
         )
     num_hosts = max(1, num_devices // 8)
-    topology = topologies.get_topology_desc(
+    found = topologies.get_topology_desc(
         platform="cuda",
         target_config=(_SPECS / f"{gpu}.txtpb").read_text(),
         topology=f"1x{num_hosts}x{num_devices // num_hosts}",
     )
-    return Topology(f"{gpu}x{num_devices}", tuple(topology.devices))
+    return Machine(f"{gpu}x{num_devices}", tuple(found.devices))
 
 
 def parse(name: str) -> tuple[str, int]:
@@ -171,14 +171,14 @@ def parse(name: str) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def compiling_for(topology: Topology, mesh: Mesh | None = None) -> Iterator[None]:
+def compiling_for(machine: Machine, mesh: Mesh | None = None) -> Iterator[None]:
     """Trace and compile for described devices in this block.
 
     The choices of implementations follow the described platform. With a mesh, it is the
     context's abstract mesh, which is where Pallas looks up what the GPU is.
     """
-    device = topology.devices[0]
-    mesh = mesh or topology.mesh((1,), ("device",))
+    device = machine.devices[0]
+    mesh = mesh or machine.mesh((1,), ("device",))
     # Mosaic assumes compute capability 9.0 without the default device.
     with (
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
@@ -188,7 +188,7 @@ def compiling_for(topology: Topology, mesh: Mesh | None = None) -> Iterator[None
 
 
 def compile_for(
-    topology: Topology,
+    machine: Machine,
     function: Callable,
     *arguments: Any,
     mesh: Mesh | None = None,
@@ -197,7 +197,7 @@ def compile_for(
     """Compile a function for described devices.
 
     Args:
-        topology: the devices.
+        machine: the devices.
         function: jitted, with donation and shardings of outputs, or plain.
         arguments: trees of `jax.ShapeDtypeStruct`s (arrays serve as their shapes). One
             without a sharding is replicated over the mesh.
@@ -207,7 +207,7 @@ def compile_for(
     Returns:
         What the program needs.
     """
-    compiled, seconds = _compile(topology, function, arguments, mesh)
+    compiled, seconds = _compile(machine, function, arguments, mesh)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None  # The compiler for CUDA has both.
     return Report(
@@ -223,25 +223,25 @@ def compile_for(
 
 
 def output_shardings(
-    topology: Topology, function: Callable, *arguments: Any, mesh: Mesh | None = None
+    machine: Machine, function: Callable, *arguments: Any, mesh: Mesh | None = None
 ) -> Any:
     """Return the shardings that the compiler gives to a function's outputs.
 
     Args:
-        topology: the devices.
+        machine: the devices.
         function: as for `compile_for`.
         arguments: as for `compile_for`.
         mesh: as for `compile_for`.
     """
-    compiled, _ = _compile(topology, function, arguments, mesh)
+    compiled, _ = _compile(machine, function, arguments, mesh)
     return compiled.output_shardings
 
 
 def _compile(
-    topology: Topology, function: Callable, arguments: Any, mesh: Mesh | None
+    machine: Machine, function: Callable, arguments: Any, mesh: Mesh | None
 ) -> tuple[jax.stages.Compiled, float]:
     """Return the compiled program, and how many seconds the compiler took."""
-    mesh = mesh or topology.mesh((1,), ("device",))
+    mesh = mesh or machine.mesh((1,), ("device",))
     whole = NamedSharding(mesh, PartitionSpec())
 
     def place(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -253,7 +253,7 @@ def _compile(
 
     arguments = jax.tree.map(place, arguments)
     jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
-    with compiling_for(topology, mesh):
+    with compiling_for(machine, mesh):
         lowered = jitted.trace(*arguments).lower()
         start = time.monotonic()
         compiled = lowered.compile()

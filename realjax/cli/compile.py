@@ -50,18 +50,18 @@ def main(values: flags.FlagValues) -> int:
     # The GPU is only described: tracing happens beside it, on the CPU.
     jax.config.update("jax_platforms", "cpu")
     try:
-        topology = aot.describe(values["for"].value)
+        machine = aot.describe(values["for"].value)
     except (ValueError, ModuleNotFoundError) as error:
         raise ValueError(f"--for={values['for'].value}: {error}") from None
     # A program from the cache would not say what it needs.
     jax.config.update("jax_enable_compilation_cache", False)
     config = run_config(values.config.to_dict())
     console, found = rich.console.Console(stderr=True), []
-    for part in described_programs(config, topology, tuple(values.calls)):
+    for part in described_programs(config, machine, tuple(values.calls)):
         with console.status(f"{part.call} {part.allocation}: {part.name}"):
             found.append((part, part.compile()))
-    print_table(topology, found)
-    print(json.dumps(as_dict(topology, found)))
+    print_table(machine, found)
+    print(json.dumps(as_dict(machine, found)))
     return 0
 
 
@@ -83,10 +83,10 @@ def run_config(values: dict[str, Any]) -> RunConfig:
 
 
 def print_table(
-    topology: aot.Topology, found: Sequence[tuple[DescribedProgram, aot.Report]]
+    machine: aot.Machine, found: Sequence[tuple[DescribedProgram, aot.Report]]
 ) -> None:
     """Print one line a program, and the collectives of each below."""
-    table = rich.table.Table(title=f"GiB of one device, compiled for {topology.name}")
+    table = rich.table.Table(title=f"GiB of one device, compiled for {machine.name}")
     for column in ("call", "allocation", "program"):
         table.add_column(column, no_wrap=True)
     for column in ("arguments", "new outputs", "temporary", "peak", "seconds"):
@@ -114,11 +114,11 @@ def _list(counts: dict[str, int]) -> str:
 
 
 def as_dict(
-    topology: aot.Topology, found: Sequence[tuple[DescribedProgram, aot.Report]]
+    machine: aot.Machine, found: Sequence[tuple[DescribedProgram, aot.Report]]
 ) -> dict[str, Any]:
     """Give everything as plain values."""
     return {
-        "for": topology.name,
+        "for": machine.name,
         "programs": [
             {
                 "call": part.call,

@@ -59,7 +59,7 @@ class DescribedProgram:
         function: jitted.
         arguments: their shapes, types and shardings.
         mesh: of the call.
-        topology: the devices.
+        machine: the devices.
     """
 
     call: str
@@ -69,29 +69,29 @@ class DescribedProgram:
     function: Callable
     arguments: tuple[Any, ...]
     mesh: Mesh
-    topology: aot.Topology
+    machine: aot.Machine
 
     def compile(self) -> aot.Report:
         """Compile it for the described devices."""
         return aot.compile_for(
-            self.topology, self.function, *self.arguments, mesh=self.mesh
+            self.machine, self.function, *self.arguments, mesh=self.mesh
         )
 
 
 def described_programs(
-    config: RunConfig, topology: aot.Topology, calls: tuple[str, ...] = ()
+    config: RunConfig, machine: aot.Machine, calls: tuple[str, ...] = ()
 ) -> Iterator[DescribedProgram]:
     """Make the programs of a run's calls, on described devices.
 
     Args:
         config: of the run. Roles without a path need `vocab_size` in their `model`.
-        topology: the devices; the plan is the run's on as many.
+        machine: the devices; the plan is the run's on as many.
         calls: which; empty means every call of a role.
 
     Raises:
         ValueError: a call that is not in the graph, or a model that is not known.
     """
-    run = _Described(config, topology)
+    run = _Described(config, machine)
     for name in calls:
         node = run.graph.calls.get(name)
         if node is None or node.role is None:
@@ -109,10 +109,10 @@ def described_programs(
 class _Described:
     """The batch of one step as shapes, and the programs that fill it."""
 
-    def __init__(self, config: RunConfig, topology: aot.Topology):
-        self.config, self.topology = config, topology
+    def __init__(self, config: RunConfig, machine: aot.Machine):
+        self.config, self.machine = config, machine
         self.graph = make_graph(config)
-        num_devices = len(topology.devices)
+        num_devices = len(machine.devices)
         fits = num_devices >= config.allocations_devices
         self.plan = make_plan(
             self.graph,
@@ -143,7 +143,7 @@ class _Described:
         if node.role is None:
             return self._transform(node)
         allocation = self.plan.calls[name].allocation
-        mesh = make_mesh(allocation, self.topology.devices)
+        mesh = make_mesh(allocation, self.machine.devices)
         role = self.config.roles[node.role]
         dtype = role.dtype or "bfloat16"
         program = ModelProgram(
@@ -168,7 +168,7 @@ class _Described:
                 function=function,
                 arguments=arguments,
                 mesh=mesh,
-                topology=self.topology,
+                machine=self.machine,
             )
             for part, (function, arguments) in parts.items()
         ]
@@ -228,7 +228,7 @@ class _Described:
         state = jax.tree.map(
             _placed,
             jax.eval_shape(start, *inputs),
-            aot.output_shardings(self.topology, start, *inputs, mesh=mesh),
+            aot.output_shardings(self.machine, start, *inputs, mesh=mesh),
         )
 
         def step(parameters, state, keys, first_slot):

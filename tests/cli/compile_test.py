@@ -27,8 +27,8 @@ def tiny(**overrides):
     return cli.run_config(values | overrides)
 
 
-def virtual_devices() -> aot.Topology:
-    return aot.Topology("cpux8", tuple(jax.devices()))
+def virtual_devices() -> aot.Machine:
+    return aot.Machine("cpux8", tuple(jax.devices()))
 
 
 def test_the_llama_8b_config_has_eight_billion_parameters():
