@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from realjax.models import checkpoint_config
@@ -215,7 +215,7 @@ def _names_by_kind(config: ModelConfig) -> dict[str, list[str]]:
 
 def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Cast a tensor, refusing to make infinities."""
-    if ml_dtypes.finfo(dtype).max >= ml_dtypes.finfo(array.dtype).max:
+    if jnp.finfo(dtype).max >= jnp.finfo(array.dtype).max:
         return array.astype(dtype, copy=False)
     with np.errstate(over="ignore"):
         result = array.astype(dtype)

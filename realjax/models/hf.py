@@ -87,12 +87,15 @@ def load(
     key: Key[Array, ""] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> PyTree:
-    """Load a checkpoint's parameters.
+    """Load a checkpoint's parameters: of a policy, a reward model or a critic.
+
+    In a run of several processes all of them call this, and each reads what its own
+    devices hold.
 
     Args:
         folder: with config.json, and safetensors or .bin files.
         config: of the model wanted; the checkpoint's own if None.
-        shardings: one per parameter; all on the first device if None.
+        shardings: one per parameter; all on this process's first device if None.
         head: "scalar" turns a language checkpoint into a reward model or critic: its
             head is left out and a new one is drawn from `key`.
         key: only for a new scalar head.
@@ -114,7 +117,7 @@ def load(
             " which needs a `key`."
         )
     if shardings is None:
-        device = SingleDeviceSharding(jax.devices()[0])
+        device = SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(
             lambda _: device, abstract_parameters(config), is_leaf=is_parameter
         )
@@ -277,6 +280,11 @@ def _load_parameter(
 def _draw_scalar_head(
     width: int, key: Array, sharding: Sharding, dtype: DTypeLike
 ) -> Array:
+    if not sharding.addressable_devices:
+        return jax.make_array_from_single_device_arrays(
+            (width, 1), sharding, [], dtype=dtype
+        )
+
     def draw(key: Array) -> Array:
         kernel = jax.random.normal(key, (width, 1), jnp.float32)
         return (INIT_DEVIATION * kernel).astype(dtype)

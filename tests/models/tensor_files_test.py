@@ -4,7 +4,7 @@ import json
 import os
 import struct
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -138,7 +138,7 @@ def test_a_header_of_absurd_length_is_refused(tmp_path):
 
 
 def test_types_that_are_not_floats_are_known_and_not_read(tmp_path):
-    tensors = {"mask": np.ones((2, 2), bool), "x": np.ones(2, ml_dtypes.bfloat16)}
+    tensors = {"mask": np.ones((2, 2), bool), "x": np.ones(2, jnp.bfloat16)}
     save_file(tensors, tmp_path / SINGLE_FILE)
     with TensorFiles(tmp_path) as files:
         assert [files.dtype("mask"), files.dtype("x")] == ["BOOL", "BF16"]
