@@ -135,8 +135,9 @@ class TrainProgram:
             num_tokens = sum(packing.num_tokens for packing in microbatches)
             weights = [self._weigh(batch, packing) for packing in packings]
             scale = sum(weights) / np.float32(num_tokens)
-        has_noise = key is not None and moe.jitter
-        noise_key = jax.random.fold_in(key, index) if has_noise else None
+        noise_key = None
+        if key is not None and moe.jitter:
+            noise_key = jax.random.fold_in(key, index)
         return routers.RouterInputs(scale, noise_key)
 
     def evaluate(

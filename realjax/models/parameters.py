@@ -41,7 +41,7 @@ def abstract_parameters(config: ModelConfig) -> PyTree:
 
     def leaf(*dimensions: tuple[str | None, int]) -> Parameter:
         axes, sizes = zip(*dimensions, strict=True)
-        padded = {
+        padded: dict[str | None, int] = {
             "vocab": config.padded_vocab_size,
             "layer": config.padded_num_layers,
         }

@@ -454,7 +454,8 @@ class Executor:
         metrics: Metrics = {}
         for report in reports:
             for name, mean in report.items():
-                is_router = name.startswith("router/")
-                key = name + suffix if is_router else names.get(name, name)
+                key = names[name] if name in names else name
+                if name.startswith("router/"):
+                    key = name + suffix
                 metrics.setdefault(key, []).append(mean)
         return metrics

@@ -36,8 +36,8 @@ SIZE, WIDTH = 16, 24
 BATCH = tiny_batch(SIZE, WIDTH, vocab_size=61)
 ARRAYS = {name: np.asarray(BATCH[name]) for name in ("tokens", "completion_mask")}
 SPEC = sft.graph(sft.SFT()).calls["train_policy"].function
-# Adam divides a gradient by its size: entries near epsilon, 1e-6 of the norm here, show
-# the rounding of their sums in the update, which is this rate times some 1e-4 of itself.
+# Adam divides a gradient by its size: of entries near epsilon, a millionth of the norm
+# here, the rounding of their sums shows in the update, as some 1e-4 of this rate.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.0, epsilon=1e-5)
 
 STRATEGIES = {
