@@ -4,6 +4,7 @@ The numbers in `data/families` are transformers' (make_families.py); the folders
 `exported_*` there are ours (make_exports.py).
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -107,6 +108,38 @@ def test_logits_are_those_of_transformers(name):
     hidden = hidden_of(parameters, config, numbers["tokens"])
     logits = heads.logits(parameters, config, hidden)
     np.testing.assert_allclose(logits, numbers["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma2_capped", {"window": 6}),
+        ("gemma2_capped", {"windowed_layers": (False, True, False)}),
+        ("gemma2_capped", {"attention_soft_cap": None}),
+        ("gemma2_capped", {"logit_soft_cap": None}),
+        ("gemma2_capped", {"attention_scale": None}),
+        ("gemma3_scaled", {"local_rope_theta": None}),
+        ("gemma3_scaled", {"rope_scaling": None}),
+        ("gemma_tied", {"is_embedding_scaled": False}),
+        ("gemma_tied", {"activation": "gelu"}),
+        ("gemma_tied", {"norm": "rms"}),
+        ("gpt2_scaled", {"is_scaled_by_layer": False}),
+        ("gpt2_scaled", {"activation": "gelu_tanh"}),
+        ("llama_dynamic", {"rope_scaling": None}),
+        ("llama_longrope", {"rope_scaling": None}),
+        ("llama_yarn", {"rope_scaling": None}),
+        ("mistral_window", {"window": 8}),
+        ("qwen2_window", {"windowed_layers": ()}),
+        ("qwen3_plain", {"norm_epsilon": 1e-3}),
+    ],
+)
+def test_a_config_that_is_read_wrong_gives_other_logits(name, changes):
+    config, parameters, numbers = load(name)
+    wrong = dataclasses.replace(config, **changes)
+    hidden = hidden_of(parameters, wrong, numbers["tokens"])
+    logits = heads.logits(parameters, wrong, hidden)
+    assert jnp.max(jnp.abs(logits - numbers["logits"])) > 2e-4
 
 
 @pytest.mark.parametrize("name", sampled(SCALAR))

@@ -47,6 +47,7 @@ def read_config(fields: Mapping[str, Any]) -> ModelConfig:
         **_OWN,
     )
     window = left.take("sliding_window", 4096)
+    left.only("sliding_window_size", window)  # The same again, in some files.
     is_windowed = left.layer_types(config.num_layers)
     if is_windowed is None:
         is_windowed = _alternating(config.num_layers)["windowed_layers"]
