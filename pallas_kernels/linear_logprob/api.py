@@ -10,12 +10,13 @@ forward and backward, next to the kernel's gradient [D, V].
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._dispatch import device
 from pallas_kernels.linear_logprob import chunked
 from pallas_kernels.linear_logprob.chunked import Static
 from pallas_kernels.linear_logprob.reference import Kept
@@ -81,7 +82,7 @@ def linear_logprob(
     """
     num_tokens, num_columns = hidden.shape[0], kernel.shape[1]
     chunk_size = chunk_size or default_chunk_size(num_tokens, num_columns)
-    if block_size is None and constrain_kernel is None and platform() != "cpu":
+    if block_size is None and constrain_kernel is None and device().platform != "cpu":
         # Blocks of a kernel that the compiler has cut would have to be gathered.
         block_size = BLOCK_SIZE
     if block_size is not None and block_size >= num_columns:
@@ -148,20 +149,11 @@ def make_static(
 
 def default_chunk_size(num_tokens: int, vocab_size: int) -> int:
     """Return how many tokens to score at a time: all of them, if they are few."""
-    if platform() != "cpu":
+    if device().platform != "cpu":
         return CHUNK_TOKENS
     if num_tokens * vocab_size <= DENSE_LOGITS_CPU:
         return num_tokens
     return max(1, CHUNK_LOGITS_CPU // vocab_size)
-
-
-def platform() -> str:
-    """Return what is compiled for: the default device's platform, described or real."""
-    config: Any = jax.config  # Its fields are made at run time.
-    device = config.jax_default_device
-    if isinstance(device, str):
-        return device
-    return jax.default_backend() if device is None else device.platform
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt
 
+from pallas_kernels._dispatch import device
 from pallas_kernels.linear_logprob import api, chunked
 from pallas_kernels.linear_logprob.chunked import Static
 
@@ -109,7 +110,7 @@ def sharded_linear_logprob(
     chunk_size = chunk_size or _default_chunk_size(
         num_tokens * num_gathered, num_columns
     )
-    if block_size is None and api.platform() != "cpu":
+    if block_size is None and device().platform != "cpu":
         block_size = BLOCK_SIZE
     if block_size is not None and block_size >= num_columns:
         block_size = None
@@ -141,7 +142,7 @@ def _check(layout: _Layout, hidden_shape, kernel_shape) -> None:
 
 
 def _default_chunk_size(num_tokens: int, num_columns: int) -> int:
-    if api.platform() == "cpu":
+    if device().platform == "cpu":
         return api.default_chunk_size(num_tokens, num_columns)
     return CHUNK_TOKENS
 
