@@ -25,6 +25,7 @@ from realjax.parallel.sharding import (
     parameter_shardings,
     rows_sharding,
 )
+from realjax.rl import logprobs
 
 
 class Model:
@@ -36,6 +37,7 @@ class Model:
         allocation: devices and strategy.
         dtype: of matrix products.
         tokenizer: where the folder had one; needed for text only.
+        role: what it was trained to be, where its folder says so.
         programs: compiled for sampling, by what they depend on.
     """
 
@@ -47,11 +49,12 @@ class Model:
         allocation: Allocation,
         dtype: str = "float32",
         tokenizer: Tokenizer | None = None,
+        role: str | None = None,
     ):
         """Holds what it is given; `load` reads a folder."""
         self.config, self.parameters = config, parameters
         self.allocation, self.dtype, self.tokenizer = allocation, dtype, tokenizer
-        self.mesh = make_mesh(allocation)
+        self.role, self.mesh = role, make_mesh(allocation)
         self.programs: dict[Hashable, Any] = {}
 
     def logits(
@@ -105,6 +108,31 @@ class Model:
             ValueError: the model has a language head, an id is not in its vocabulary,
                 or a length is not from 1 to T.
         """
+        tokens, lengths, scalars, _ = self._head_outputs(tokens, lengths)
+        return scalars[np.arange(len(tokens)), lengths - 1]
+
+    def values(
+        self,
+        tokens: Int[np.ndarray | Array, "B T"],
+        lengths: Sequence[int] | Int[np.ndarray | Array, " B"],
+    ) -> Float[Array, "B T"]:
+        """What a critic says: the value of the state before each token.
+
+        Args:
+            tokens: [B, T] ids, sequences at the left.
+            lengths: tokens of each sequence.
+
+        Returns:
+            [B, T] float32; 0 at the first token, which is given, and past the length.
+
+        Raises:
+            ValueError: as `scores` does.
+        """
+        _, _, scalars, segments = self._head_outputs(tokens, lengths)
+        return logprobs.token_values(scalars, jnp.asarray(segments))
+
+    def _head_outputs(self, tokens, lengths):
+        """Checked tokens and lengths, the scalar head's outputs, and segment ids."""
         if self.config.head != "scalar":
             raise ValueError(
                 "The model has a language head and gives no scores. Use `logits`, or "
@@ -119,12 +147,18 @@ class Model:
                 f"Give each row a length from 1 to {tokens.shape[1]}."
             )
         segments = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
-        scalars = self._scalars(*self._rows(tokens, segments))
-        return scalars[np.arange(len(tokens)), lengths - 1]
+        scalars = self._scalars(*self._rows(tokens, segments))[: len(tokens)]
+        return tokens, lengths, scalars, segments
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes a Hugging Face folder, with the tokenizer if there is one."""
-        hf.save(folder, self.config, self.parameters, tokenizer=self.tokenizer)
+        hf.save(
+            folder,
+            self.config,
+            self.parameters,
+            tokenizer=self.tokenizer,
+            role=self.role,
+        )
 
     def _rows(self, tokens, segment_ids):
         """Rows on the mesh, padded to a number that divides over it."""
@@ -209,6 +243,7 @@ def load(
         allocation=allocation,
         dtype=dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32"),
         tokenizer=Tokenizer.load(folder) if has_tokenizer else None,
+        role=hf.read_role(folder),
     )
 
 

@@ -348,6 +348,7 @@ class Trainer:
                 self.run.roles[role].model,
                 self.executor.store.train_state(role).parameters,
                 tokenizer=self.run.tokenizer,
+                role=role,
             )
 
     def _tell_exports(self) -> None:

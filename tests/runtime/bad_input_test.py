@@ -287,7 +287,14 @@ def test_a_new_model_needs_a_tokenizer_and_sizes(world, tmp_path):
         (set_field("allocation", "d9"), ["there are 8 devices (0 to 7)"]),
         (set_field("allocation", "d2@6-8"), ["names 3"]),
         (set_field("allocation", "x2"), ["unknown letter 'x'", "d (data)"]),
-        (set_field("allocation", "s2"), ["stage=2 is reserved"]),
+        (
+            set_field("allocation", "s2"),
+            ["Call 'rollout' generates", "has 2 stages", "at every token"],
+        ),
+        (
+            set_field("allocations.value", "e2@0-1"),
+            ["Call 'value', role 'critic'", "splits experts over 2 parts"],
+        ),
         (
             set_field("allocations.value", "t8"),
             ["Call 'value', role 'critic'", "tensor=8 does not divide num_heads=4"],
@@ -314,16 +321,12 @@ def test_a_plan_that_does_not_fit_is_refused(world, tmp_path, change, texts):
     assert [text for text in texts if text not in found] == [], found
 
 
-def test_a_vocabulary_that_does_not_divide_over_tensor_is_refused(own, tmp_path):
-    config = tiny_model(301, num_heads=4)  # 301 = 7 * 43
-    hf.save(own / "odd", config, parameters(config))
-    changed = ppo_config(own)
-    changed.paths.policy = str(own / "odd")
-    for role in ("policy", "reference"):
-        changed.roles[role].tokenizer = str(own / "policy")
-    changed.allocations.rollout = "t2"
-    found = refusal(changed, tmp_path / "run")
-    assert "tensor=2 does not divide vocab_size=301" in found
+def test_a_router_of_a_model_without_experts_is_refused(world, tmp_path):
+    config = ppo_config(world)
+    config.roles.policy.router.capacity_factor = 1.5
+    found = refusal(config, tmp_path / "run")
+    assert "Role 'policy'" in found
+    assert "has no experts" in found
 
 
 def test_completions_per_prompt_count_among_the_minibatches(world, tmp_path):

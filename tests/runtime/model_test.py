@@ -72,6 +72,27 @@ def test_scores_are_the_scalars_of_last_tokens_whatever_follows(scalar):
     np.testing.assert_allclose(alone[0], found[1], atol=1e-6)
 
 
+def test_values_are_of_the_state_before_each_token(scalar):
+    # What a score says after n tokens is the value before token n + 1.
+    lengths = [6, 4, 6]
+    found = np.asarray(scalar.values(TOKENS, lengths))
+    assert found.shape == TOKENS.shape
+    np.testing.assert_array_equal(found[:, 0], 0)
+    np.testing.assert_array_equal(found[1, 4:], 0)
+    for length in (1, 3):
+        scores = scalar.scores(TOKENS, [length] * 3)
+        np.testing.assert_allclose(found[:, length], scores, atol=1e-6)
+
+
+def test_a_model_s_role_is_kept_in_its_folder(scalar, tmp_path):
+    scalar.role = "critic"
+    try:
+        scalar.save(tmp_path / "critic")
+    finally:
+        scalar.role = None
+    assert load(tmp_path / "critic", "d1").role == "critic"
+
+
 @pytest.mark.parametrize("allocation", ["d2t2@4-7", "f2t2@0,2,4,6", None])
 def test_an_allocation_changes_where_things_are_and_not_what_they_are(
     folders, language, scalar, allocation
