@@ -158,6 +158,17 @@ def test_greedy_tokens_with_a_cache_are_those_of_transformers(name):
     np.testing.assert_array_equal(greedy, expected)
 
 
+@pytest.mark.parametrize("name", sampled(FOLDERS))
+def test_a_checkpoint_loaded_and_saved_has_the_tensors_it_had(name, tmp_path):
+    config, parameters, _ = load(name)
+    hf.save(tmp_path / name, config, parameters)
+    new = load_file(tmp_path / name / "model.safetensors")
+    stored = load_file(DATA / name / "model.safetensors")
+    assert new.keys() == stored.keys()
+    for tensor in new:
+        np.testing.assert_array_equal(new[tensor], stored[tensor])
+
+
 @pytest.mark.parametrize("name", make_exports.FAMILY_CONFIGS)
 def test_exporting_again_writes_the_stored_files(name, tmp_path):
     config = make_exports.FAMILY_CONFIGS[name]
