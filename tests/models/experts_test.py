@@ -1,5 +1,7 @@
 """Experts on one device: each token goes through its own and no other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ def plain(x, weights, kernels, experts):
 def test_an_output_is_the_weighted_sum_of_a_tokens_experts():
     # Of width 1: gate and up are x times a number, silu(a) = a / (1 + exp(-a)).
     def column(*values):
-        return jnp.asarray(values, jnp.float32)[:, None, None]
+        return jnp.asarray(np.reshape(values, (-1, 1, 1)), jnp.float32)
 
     kernels = ExpertKernels(column(1, 2), column(3, 5), column(10, 100))
     x = jnp.asarray([[[1.0], [2.0]]])
@@ -63,7 +65,7 @@ def test_an_output_is_the_weighted_sum_of_a_tokens_experts():
     silu = lambda a: a / (1 + np.exp(-a))
     first = 0.25 * silu(2) * 5 * 100 + 0.75 * silu(1) * 3 * 10
     second = 0.5 * silu(2) * 6 * 10
-    out = apply_experts(x, choice, kernels, "silu")
+    out = jax.jit(apply_experts, static_argnums=3)(x, choice, kernels, "silu")
     np.testing.assert_allclose(out[0, :, 0], [first, second], rtol=1e-6)
 
 
@@ -94,15 +96,17 @@ def test_outputs_and_gradients_are_those_of_all_experts_where_they_were_chosen()
 
 def test_tokens_without_an_expert_give_zeros_and_spoil_nothing_whatever_they_hold():
     x, choice, kernels = numbers()
-    experts = choice.experts.at[0].set(NUM_EXPERTS)
-    spoiled = x.at[0].set(jnp.nan)
+    experts, spoiled = np.array(choice.experts), np.array(x)
+    experts[0], spoiled[0] = NUM_EXPERTS, np.nan
 
     def total(x, kernels):
-        out = apply_experts(x, Choice(experts, choice.weights), kernels, "silu")
+        out = apply_experts(
+            x, Choice(jnp.asarray(experts), choice.weights), kernels, "silu"
+        )
         return jnp.sum(out[1]), out
 
     run = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
-    bars, out = run(spoiled, kernels)
+    bars, out = run(jnp.asarray(spoiled), kernels)
     expected, clean = run(x, kernels)
     assert not np.asarray(out[0]).any()
     np.testing.assert_array_equal(out, clean)
@@ -115,14 +119,15 @@ def test_outputs_of_a_token_do_not_depend_on_the_tokens_around_it():
     tokens, experts = x.reshape(-1, WIDTH), choice.experts.reshape(-1, TOP_K)
     order = np.random.default_rng(2).permutation(len(tokens))
     run = jax.jit(pair_outputs, static_argnums=3)
-    found = run(tokens[order], experts[order], kernels, "silu")
-    expected = run(tokens, experts, kernels, "silu")[order]
+    moved = (jnp.asarray(np.asarray(leaf)[order]) for leaf in (tokens, experts))
+    found = run(*moved, kernels, "silu")
+    expected = np.asarray(run(tokens, experts, kernels, "silu"))[order]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_pairs_are_sorted_by_expert_and_keep_their_order_within_one():
     # Pairs 0 to 5; 3 is none.
-    order, rank = sorted_pairs(jnp.asarray([[1, 0], [3, 1], [0, 2]]))
+    order, rank = jax.jit(sorted_pairs)(jnp.asarray([[1, 0], [3, 1], [0, 2]]))
     np.testing.assert_array_equal(order, [1, 4, 0, 3, 5, 2])
     np.testing.assert_array_equal(rank, [[2, 0], [5, 3], [1, 4]])
 
@@ -132,20 +137,22 @@ def test_spreading_and_collecting_leave_out_what_has_no_place():
     pair_at = jnp.asarray([4, 6, 0, 3])
     place_of = jnp.asarray([[2, 4], [4, 3], [0, 4]])
     tokens = jnp.asarray([[1.0], [2.0], [3.0]])
-    rows = spread(tokens, pair_at, place_of)
-    np.testing.assert_array_equal(rows[:, 0], [3, 0, 1, 2])
-    back = collect(jnp.asarray([[10.0], [20], [30], [40]]), pair_at, place_of)
-    np.testing.assert_array_equal(back[:, :, 0], [[30, 0], [0, 40], [10, 0]])
+    rows = jax.jit(spread)(tokens, pair_at, place_of)
+    np.testing.assert_array_equal(rows, [[3], [0], [1], [2]])
+    rows = jnp.asarray([[10.0], [20], [30], [40]])
+    back = jax.jit(collect)(rows, pair_at, place_of)
+    np.testing.assert_array_equal(np.squeeze(back, 2), [[30, 0], [0, 40], [10, 0]])
 
 
 def test_the_ways_back_of_spreading_and_collecting_are_their_transposes():
     # As of the plain gathers, which XLA transposes to sums in any order.
     generator = np.random.default_rng(3)
     experts = jnp.asarray(generator.integers(0, 4, (5, 2)), jnp.int32)
-    order, rank = sorted_pairs(experts)
+    order, rank = jax.jit(sorted_pairs)(experts)
     tokens = jnp.asarray(generator.standard_normal((5, 3)), jnp.float32)
     rows = jnp.asarray(generator.standard_normal((10, 3)), jnp.float32)
 
+    @functools.partial(jax.jit, static_argnums=(0, 1))
     def bars(spread, collect):
         _, of_tokens = jax.vjp(lambda x: spread(x, order, rank), tokens)
         _, of_rows = jax.vjp(lambda x: collect(x, order, rank), rows)

@@ -35,10 +35,10 @@ from tests.functions.plain import (
 )
 
 B, T, D, F, E, TOP_K = 8, 32, 16, 24, 8, 2
-FAST = ("e4", "d2e2t2", "f4t2+sequence")
+FAST = ("e4", "f2e2t2+sequence")
 SLOW = (
     *("d8", "f8", "t8", "d2t4", "f4t2", "e2", "e8", "e2t2", "f2e2t2", "d2f2e2"),
-    *("e2t2+sequence", "t4+sequence", "f4e2+zero1"),
+    *("d2e2t2", "e2t2+sequence", "f4t2+sequence", "t4+sequence", "f4e2+zero1"),
 )
 
 
@@ -164,7 +164,7 @@ def test_a_shard_may_have_one_expert(case):
     assert_equal(run("e4", case, **sizes), run("d1", case, **sizes))
 
 
-@pytest.mark.parametrize("place", ["f2e2", *slow(["f4t2+sequence", "d2e2t2", "e4"])])
+@pytest.mark.parametrize("place", slow(["f2e2", "f4t2+sequence", "d2e2t2", "e4"]))
 def test_gradients_of_kernels_are_summed_in_float32_where_products_are_bfloat16(place):
     out, bars = run(place, "any", "bfloat16")
     assert {leaf.dtype for leaf in (out, bars[0])} == {jnp.dtype("bfloat16")}
@@ -173,7 +173,8 @@ def test_gradients_of_kernels_are_summed_in_float32_where_products_are_bfloat16(
         # The lower half is zero where a number went through bfloat16.
         low = np.asarray(leaf).view(np.uint32) & 0xFFFF
         assert (low != 0).mean() > 0.9
-    assert_equal((out, bars), run("d1", "any", "bfloat16"), tolerance=1e-2)
+    # Of sums of 8 bits' products.
+    assert_equal((out, bars), run("d1", "any"), tolerance=2e-2)
 
 
 # -- who holds and sends what ------------------------------------------------------
@@ -183,8 +184,8 @@ def test_gradients_of_kernels_are_summed_in_float32_where_products_are_bfloat16(
     ("place", "part"),
     [
         ("e4", (E // 4, D, F)),
-        ("d2e2t2", (E // 2, D, F // 2)),
-        *slow([("f2e2t2", (E // 2, D // 2, F // 2))]),
+        ("f2e2t2+sequence", (E // 2, D // 2, F // 2)),
+        *slow([("d2e2t2", (E // 2, D, F // 2))]),
         *slow([("f4e2+zero1", (E // 2, D, F))]),
     ],
 )
@@ -194,7 +195,7 @@ def test_gradients_of_kernels_lie_as_the_kernels_do(place, part):
         assert {shard.data.shape for shard in leaf.addressable_shards} == {part}
 
 
-@pytest.mark.parametrize("place", ["e4", "d2e2t2", *slow(["f2e2t2", "e8"])])
+@pytest.mark.parametrize("place", ["e4", *slow(["d2e2t2", "f2e2t2", "e8"])])
 def test_no_device_ever_has_the_kernels_of_all_experts(place):
     # Nor those of one matrix of all of them, in any dtype.
     text = compiled(place).as_text()
@@ -255,10 +256,10 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.0, beta1=0.5)
 
 
 @functools.cache
-def trained(place, remat, dtype="float32"):
+def trained(place, remat):
     """The gradient of a step."""
     model = padded_for(MODEL, [Allocation.parse(place)])
-    program = model_on(place, model, remat=remat, dtype=dtype)
+    program = model_on(place, model, remat=remat)
     train = TrainProgram(SFT, program, mesh_of(place), OPTIMIZER, 10)
     names = ("tokens", "completion_mask")
     batch = batch_on(place, {name: np.asarray(BATCH[name]) for name in names})
@@ -276,16 +277,9 @@ def test_layers_that_are_computed_again_give_the_same_gradient(place, remat):
     assert_equal(trained(place, remat), trained("d1", "none"), tolerance=1e-5)
 
 
-@pytest.mark.slow
-def test_stages_of_experts_train_in_bfloat16():
-    found, expected = (trained(p, "block", "bfloat16") for p in ("s2e2t2", "d1"))
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
-
-
 @functools.cache
 def generated(place):
-    """Hidden states of eight tokens: five at once, then one at a time."""
+    """Hidden states of eight tokens: seven at once, then one."""
     partition = model_on(place, MODEL).partition
     tokens = np.maximum(np.asarray(BATCH["tokens"])[:, :8], 2)
     positions = np.broadcast_to(np.arange(8, dtype=np.int32), tokens.shape)
@@ -294,7 +288,7 @@ def generated(place):
     def run(parameters, tokens, positions):
         cache = empty_cache(MODEL, 8, 8, jnp.float32, partition)
         hidden = []
-        for start, end in ((0, 5), (5, 6), (6, 7), (7, 8)):
+        for start, end in ((0, 7), (7, 8)):
             part, cache = transformer.extend(
                 parameters,
                 MODEL,
@@ -312,6 +306,6 @@ def generated(place):
     return jax.device_get(run(parameters, tokens, positions))
 
 
-@pytest.mark.parametrize("place", ["e2", *slow(["e2t2", "d2e4"])])
+@pytest.mark.parametrize("place", slow(["e2", "e2t2", "d2e4"]))
 def test_generation_sends_each_token_to_its_experts(place):
     assert_equal(generated(place), generated("d1"), tolerance=1e-5)
