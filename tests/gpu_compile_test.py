@@ -29,6 +29,7 @@ BUDGETS = {
     # 256 completions on one device; keys or values of all layers are 32 GiB.
     "rollout d1 decode": 2.5 * GIB,
     # Of 64k tokens by 128k columns, and its part in the 8B step on eight devices.
+    "head in the f8 step": 0.25 * GIB,
     "head d1": 1.0 * GIB,
     "head f8": 0.25 * GIB,
     "head t8": 0.25 * GIB,
@@ -103,6 +104,17 @@ def test_fsdp_never_holds_the_whole_head_nor_its_gradient():
         assert not found["is_looped"] or found["num_bytes"] <= 112 * 2**20
 
 
+def test_head_adds_little_to_the_step_beyond_its_gradient():
+    policy = compiled("train_policy", "f8", "--config.rows.train_policy=32")
+    critic = compiled("train_critic", "f8", "--config.rows.train_critic=32")
+    gradient_bytes = 4096 * 128256 * 4 // 8
+    with_head, without = (
+        step["accumulate"]["temporary_bytes"] for step in (policy, critic)
+    )
+    added = with_head - without - gradient_bytes
+    assert added <= BUDGETS["head in the f8 step"], f"{added / GIB:.2f} GiB"
+
+
 def test_tensor_parallel_layers_sum_their_outputs_and_nothing_else():
     program = compiled("train_policy", "t8", "--config.rows.train_policy=4")
     found = program["accumulate"]["collectives"]
@@ -119,8 +131,8 @@ def test_inference_fits_its_budget():
 
 
 def test_decoding_updates_the_cache_in_place():
-    program = compiled("rollout", "d1", "--config.hp.sampling.max_new_tokens=1024")
-    decode = program["decode"]
+    shape = ("--config.rows.rollout=256", "--config.hp.sampling.max_new_tokens=1024")
+    decode = compiled("rollout", "d1", *shape)["decode"]
     check("rollout d1 decode", decode)
     cache_bytes = 2 * 32 * 256 * 8 * 2048 * 128 * 2
     assert decode["alias_bytes"] >= cache_bytes
