@@ -2,9 +2,9 @@
 
     python -m realjax.cli.compile --config=configs/compile_llama_8b.py --for=h200x8
 
-It is compiled and not run: there are no paths. Training takes 4 rows of 4096 tokens a
-device, generation 256 completions at a time on every device. One strategy for
-everything: --config.allocation=t8.
+It is compiled and not run: there are no paths. (`:debug` runs, with tiny models.) A
+microbatch has 4 rows of 4096 tokens a device, a wave 4 completions; one strategy for
+everything is set by --config.allocation=t8, rows of a call by --config.rows.rollout=256.
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +15,7 @@ from realjax.data.datasets import DataConfig
 from realjax.functions.role import RoleConfig
 from realjax.rl.sampling import Sampling
 from realjax.runtime.run import RunConfig
+from realjax.testing import TINY
 
 CALLS = ("rollout", "reward", "reference", "value", "train_policy", "train_critic")
 
@@ -42,7 +43,7 @@ LLAMA_8B = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    check_choice("variant", variant, ("",))
+    check_choice("variant", variant, ("", "debug"))
     role = RoleConfig(model=LLAMA_8B, remat="block", dtype="bfloat16")
     config = config_dict(
         RunConfig(
@@ -57,4 +58,20 @@ def get_config(variant: str = "") -> ConfigDict:
     config.hp = config_dict(PPO)
     config.hp.minibatches = 1
     config.hp.sampling = config_dict(Sampling(max_new_tokens=3072))
+    if variant == "debug":
+        debug(config)
     return config
+
+
+def debug(config: ConfigDict) -> None:
+    """One step of the same calls with tiny models on one device."""
+    config.corpus = "reviews"
+    for role in config.roles.values():
+        role.model, role.dtype = TINY, "float32"
+        role.tokenizer = "{workdir}/data/tokenizer"
+    config.data.path = "{workdir}/data/prompts_train.jsonl"
+    config.data.valid_path = "{workdir}/data/prompts_valid.jsonl"
+    config.data.batch_size = config.data.valid_limit = 8
+    config.hp.sampling.max_new_tokens = 8
+    config.allocation = "d1"
+    config.steps = 1
