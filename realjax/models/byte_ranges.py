@@ -68,7 +68,7 @@ class ByteRanges:
     """
 
     def __init__(self):
-        """Opens nothing yet; a file is opened at its first read."""
+        """Opens nothing yet; a file is opened at its first read, if not before."""
         self.bytes_read = 0
         self._descriptors: dict[Path, int] = {}
 
@@ -79,6 +79,11 @@ class ByteRanges:
     def __exit__(self, *_: object) -> None:
         """Close every file."""
         self.close()
+
+    def open(self, path: Path) -> None:
+        """Open a file now, so that it stays this one if its name is given away."""
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
 
     def close(self) -> None:
         """Close every file."""
@@ -177,10 +182,8 @@ class ByteRanges:
     def _read_exactly(
         self, name: str, place: TensorPlace, start: int, target: np.ndarray
     ) -> None:
-        descriptor = self._descriptors.get(place.path)
-        if descriptor is None:
-            descriptor = os.open(place.path, os.O_RDONLY)
-            self._descriptors[place.path] = descriptor
+        self.open(place.path)
+        descriptor = self._descriptors[place.path]
         view, done = memoryview(target), 0
         while done < len(view):
             count = os.preadv(descriptor, [view[done:]], start + done)

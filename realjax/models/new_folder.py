@@ -11,6 +11,8 @@ from pathlib import Path
 
 from realjax.models.checkpoint_config import CONFIG_FILE
 
+TENSOR_ENDS = (".safetensors", ".bin")
+
 
 class NewFolder:
     """A checkpoint folder in the making.
@@ -23,16 +25,17 @@ class NewFolder:
     def __init__(self, path: str | Path):
         """Make nothing yet.
 
+        Where the path is a link, what it leads to is replaced, and the link stays.
+
         Raises:
-            FileExistsError: if the folder holds something that is not a checkpoint.
+            FileExistsError: if there is something that is not a checkpoint.
         """
-        self.path = Path(os.path.abspath(path))
+        self.path = Path(os.path.realpath(path))
         self.partial = self.path.with_name(f".{self.path.name}.partial")
-        is_full = self.path.is_dir() and any(self.path.iterdir())
-        if is_full and not (self.path / CONFIG_FILE).exists():
+        if self.path.exists() and (why := _why_kept(self.path)):
             raise FileExistsError(
-                f"{self.path} is not empty and holds no {CONFIG_FILE}; it will not be"
-                " replaced by a checkpoint. Choose another folder."
+                f"{self.path} {why}; it will not be replaced by a checkpoint. Choose"
+                " another folder."
             )
 
     def begin(self) -> Path:
@@ -49,3 +52,21 @@ class NewFolder:
             self.path.rename(old)
         self.partial.rename(self.path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _why_kept(path: Path) -> str:
+    """Say what speaks against replacing a path; "" if it is empty or a checkpoint.
+
+    All that is in a folder goes with it, and many a project has a config.json.
+    """
+    if not path.is_dir():
+        return "is a file"
+    entries = sorted(path.iterdir())
+    if not entries:
+        return ""
+    if not (path / CONFIG_FILE).exists():
+        return f"is not empty and holds no {CONFIG_FILE}"
+    if folders := [entry.name for entry in entries if entry.is_dir()]:
+        return f"holds the folder {folders[0]!r}, which a checkpoint has not"
+    has_tensors = any(entry.name.endswith(TENSOR_ENDS) for entry in entries)
+    return "" if has_tensors else f"holds a {CONFIG_FILE} and no tensors"

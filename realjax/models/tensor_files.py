@@ -40,6 +40,7 @@ class TensorFiles:
     """The tensors of a folder, read in parts; a context manager.
 
     Opening checks every file: that it is there, whole, and holds what the index says.
+    What was opened is read, also if another checkpoint takes the folder's name.
     """
 
     def __init__(self, folder: str | Path, needed: Iterable[str] = ()):
@@ -49,15 +50,19 @@ class TensorFiles:
             folder: of the files.
             needed: names of tensors that will be read, so that the message about a
                 file of which nothing can be read says what is missing.
+
+        Raises:
+            FileNotFoundError: if the folder or one of its files is missing.
+            ValueError: if a file is broken, or the folder is replaced meanwhile.
         """
         self.folder = Path(folder)
         self._ranges = ByteRanges()
         self._places: dict[str, TensorPlace] = {}
-        single_file, index, weight_map = _find_files(self.folder)
-        files = sorted(set(weight_map.values())) if index else [single_file]
-        for file in files:
-            wanted = {name for name, where in weight_map.items() if where == file}
-            self._open(self.folder / file, wanted, wanted or set(needed), index)
+        try:
+            self._open_all(set(needed))
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> "TensorFiles":
         """Return itself."""
@@ -125,6 +130,19 @@ class TensorFiles:
         self.check_dtype(name)
         return self._ranges.read(name, self._places[name], box)
 
+    def _open_all(self, needed: set[str]) -> None:
+        before = _identity(self.folder)
+        single_file, index, weight_map = _find_files(self.folder)
+        files = sorted(set(weight_map.values())) if index else [single_file]
+        for file in files:
+            wanted = {name for name, where in weight_map.items() if where == file}
+            self._open(self.folder / file, wanted, wanted or needed, index)
+        if _identity(self.folder) != before:
+            raise ValueError(
+                f"{self.folder} was replaced by another checkpoint while it was opened."
+                " Load it again."
+            )
+
     def _open(
         self, path: Path, wanted: set[str], expected: set[str], index: str
     ) -> None:
@@ -133,6 +151,7 @@ class TensorFiles:
                 f"{path} is missing, but {self.folder / index} names it. Download or"
                 " copy the checkpoint again."
             )
+        self._ranges.open(path)
         is_torch = path.suffix != ".safetensors"
         read_places = torch_files.read_places if is_torch else _read_header
         found = read_places(path, sorted(expected))
@@ -141,7 +160,17 @@ class TensorFiles:
                 f"{path} lacks the tensor {missing[0]!r}"
                 f"{_and_more(missing)}, which {index} says it holds."
             )
-        self._places |= found
+        # A tensor may be in a second file too; the index says which one counts.
+        is_new = lambda name: name in wanted or name not in self._places
+        self._places |= {name: found[name] for name in found if is_new(name)}
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Tell a folder from another one of its name."""
+    if not folder.exists():
+        return None
+    found = folder.stat()
+    return found.st_dev, found.st_ino
 
 
 def _find_files(folder: Path) -> tuple[str, str, dict[str, str]]:

@@ -219,6 +219,34 @@ def test_a_folder_of_something_else_is_not_replaced(saved, tmp_path):
         hf.save(tmp_path, CONFIG, saved[1])
 
 
+def test_a_project_that_has_a_config_json_is_not_replaced(saved, copied):
+    (copied / "sources").mkdir()
+    with pytest.raises(FileExistsError, match=r"holds the folder 'sources'"):
+        hf.save(copied, CONFIG, saved[1])
+    (copied / "sources").rmdir()
+    (copied / SINGLE_FILE).unlink()
+    with pytest.raises(FileExistsError, match=r"a config.json and no tensors"):
+        hf.save(copied, CONFIG, saved[1])
+
+
+def test_a_file_is_not_replaced_by_a_folder(saved, tmp_path):
+    (tmp_path / "notes").write_text("kept")
+    with pytest.raises(FileExistsError, match=r"notes is a file; it will not be"):
+        hf.save(tmp_path / "notes", CONFIG, saved[1])
+    assert (tmp_path / "notes").read_text() == "kept"
+
+
+def test_saving_to_a_link_replaces_what_it_leads_to_each_time(saved, copied):
+    link = copied.with_name("latest")
+    link.symlink_to(copied)
+    for factor in (2, 3):
+        parameters = jax.tree.map(lambda x, factor=factor: factor * x, saved[1])
+        hf.save(link, CONFIG, parameters)
+        assert_equal_trees(hf.load(copied), parameters)
+    names = sorted(path.name for path in copied.parent.iterdir())
+    assert link.is_symlink() and names == ["copied", "latest"]
+
+
 def test_a_missing_folder_or_config_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint folder .*nowhere"):
         hf.load(tmp_path / "nowhere")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from realjax.models import byte_ranges
+from realjax.models import byte_ranges, tensor_files
 from realjax.models.byte_ranges import FLOATS, ByteRanges, TensorPlace
 from realjax.models.tensor_files import INDEX_FILE, SINGLE_FILE, TensorFiles
 from realjax.models.tensor_writer import plan_files, write_file, write_index
@@ -97,6 +98,46 @@ def test_a_file_that_shrinks_while_it_is_open_names_the_tensor(tmp_path):
         os.truncate(tmp_path / SINGLE_FILE, (tmp_path / SINGLE_FILE).stat().st_size - 2)
         with pytest.raises(ValueError, match="within the tensor 'd'"):
             files.read("d", ())
+
+
+def test_of_a_tensor_in_two_files_the_one_that_the_index_names_is_read(tmp_path):
+    first, *_, last = write(tmp_path, arrays(), max_shard_bytes=100)
+    assert "a" in first.shapes and "a" not in last.shapes
+    tensors = load_file(tmp_path / last.name)
+    save_file(tensors | {"a": np.zeros((6, 8), "float32")}, tmp_path / last.name)
+    with TensorFiles(tmp_path) as files:
+        found = files.read("a", (slice(0, 6), slice(0, 8)))
+    np.testing.assert_array_equal(found, arrays()["a"])
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_stays_what_it_was(tmp_path):
+    old, new = tmp_path / "m", tmp_path / "new"
+    old.mkdir()
+    new.mkdir()
+    write(old, arrays(), max_shard_bytes=100)
+    write(new, {name: np.zeros_like(array) for name, array in arrays().items()}, 100)
+    with TensorFiles(old) as files:
+        old.rename(tmp_path / "old")
+        new.rename(old)
+        for name, array in arrays().items():
+            found = files.read(name, tuple(map(slice, array.shape)))
+            np.testing.assert_array_equal(found, array)
+
+
+def test_a_folder_that_is_replaced_while_it_is_opened_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    write(folder, arrays())
+    read_header = tensor_files._read_header
+
+    def replace_and_read(path, expected):
+        folder.rename(tmp_path / "old")
+        shutil.copytree(tmp_path / "old", folder)
+        return read_header(path, expected)
+
+    monkeypatch.setattr(tensor_files, "_read_header", replace_and_read)
+    with pytest.raises(ValueError, match=r"replaced by another checkpoint while"):
+        TensorFiles(folder)
 
 
 def test_a_file_that_was_cut_off_names_the_tensor_that_is_lost(tmp_path):
