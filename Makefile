@@ -36,7 +36,7 @@ quickstart: .venv/.run $(if $(CUDA),.venv/.cuda)  ## Fine-tune, train a reward m
 test: .venv/.dev  ## What CI runs: every fact once, on 8 virtual CPU devices
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow and not gpu" $(ARGS)
 
-test-all: .venv/.dev  ## Everything: full matrices, many kills, long runs
+test-all: .venv/.dev .venv/.aot  ## Everything: full matrices, many kills, long runs
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu: .venv/.dev .venv/.cuda  ## The tests that need an accelerator

@@ -16,8 +16,9 @@ from pallas_kernels import _dispatch
 from pallas_kernels.attention import blocked, cudnn, reference
 
 # Longer rows are attended block by block: the scores of a dense row take 4 H T² bytes,
-# forward and again backward.
+# forward and again backward. So are many rows, over all devices, with scores of 4 GiB.
 LONGEST_DENSE_ROW = 1024
+MOST_DENSE_SCORES = 2**30
 
 TRACED = "traced"
 
@@ -271,10 +272,13 @@ def _cudnn_unsupported(request: Request) -> str | None:
 
 
 def _dense_unwise(request: Request) -> str | None:
-    num_tokens = request.query_shape[1]
-    if num_tokens <= LONGEST_DENSE_ROW:
-        return None
-    return f"rows have {num_tokens} tokens, more than {LONGEST_DENSE_ROW}"
+    num_rows, num_tokens, num_heads, _ = request.query_shape
+    if num_tokens > LONGEST_DENSE_ROW:
+        return f"rows have {num_tokens} tokens, more than {LONGEST_DENSE_ROW}"
+    num_scores = num_rows * num_heads * num_tokens * request.key_shape[1]
+    if num_tokens > 1 and num_scores > MOST_DENSE_SCORES:
+        return f"there are {num_scores} scores, more than {MOST_DENSE_SCORES}"
+    return None
 
 
 _IMPLEMENTATIONS = (

@@ -89,8 +89,8 @@ def print_table(
     table = rich.table.Table(title=f"GiB of one device, compiled for {machine.name}")
     for column in ("call", "allocation", "program"):
         table.add_column(column, no_wrap=True)
-    for column in ("arguments", "new outputs", "temporary", "peak", "seconds"):
-        table.add_column(column, justify="right")
+    for column in ("inputs", "new", "temporary", "peak", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
     for part, report in found:
         sizes = (
             report.argument_bytes,

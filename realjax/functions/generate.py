@@ -174,7 +174,7 @@ class GenerateProgram:
             positions = jnp.arange(slots)[None, :] - first_slot[:, None]
             cache = self._empty_cache(prompts.shape[0], slots)
             hidden, cache = self._extend(
-                parameters, aligned, positions, cache, jnp.int32(0), first_slot
+                parameters, aligned, positions, cache, 0, first_slot
             )
             logits = self._logits(parameters, hidden[:, -1])
         state = self._start(logits, cache, lengths)

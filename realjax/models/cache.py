@@ -63,7 +63,7 @@ def num_bytes(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> 
 def write(
     cache: Cache,
     layer: Int[Array, ""],
-    start: Int[Array, ""],
+    start: Int[Array, ""] | int,
     key: Float[Array, "B T N K"],
     value: Float[Array, "B T N K"],
 ) -> Cache:

@@ -173,7 +173,7 @@ def extend(
     positions: Int[Array, "B T"],
     cache: Cache,
     *,
-    start: Int[Array, ""],
+    start: Int[Array, ""] | int,
     first_slot: Int[Array, " B"],
     dtype: DTypeLike = jnp.float32,
     partition: Partition = WHOLE,
@@ -191,7 +191,8 @@ def extend(
         positions: place of each token in its own sequence, slot - first_slot; anything
             before the first slot.
         cache: keys and values of the slots before `start`.
-        start: slot of the first token given.
+        start: slot of the first token given. With the number 0, known before tracing,
+            the tokens attend to each other and the cache is only written.
         first_slot: slot of each sequence's first token.
         dtype: of the activations and of the matrix products.
         partition: how the work is split; the layers are always scanned.
@@ -219,14 +220,14 @@ def extend(
         def attend(query: Array, key: Array, value: Array) -> tuple[Array, Cache]:
             written = cache_lib.write(cache, traits.index, start, key, value)
             written = Cache(*(partition.constrain(s, CACHE) for s in written))
+            options = _attention_options(config, traits)
+            if isinstance(start, int) and start == 0:
+                segments = is_token.astype(jnp.int32)
+                attended = attention(query, key, value, segment_ids=segments, **options)
+                return attended, written
             keys, values = cache_lib.layer_of(written, traits.index)
             attended = cached_attention(
-                query,
-                keys,
-                values,
-                start=start,
-                first_slot=first_slot,
-                **_attention_options(config, traits),
+                query, keys, values, start=start, first_slot=first_slot, **options
             )
             return attended, written
 

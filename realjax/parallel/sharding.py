@@ -6,7 +6,7 @@ know no mesh; `AXES` says which mesh axes split each name.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),  # replicated where tensor does not divide it
     "mlp": ("tensor",),
+    "mlp_in": ("tensor", "fsdp"),
     "embed": ("fsdp",),
     "norm": (),
     "head_dim": (),
@@ -61,9 +62,9 @@ def parameter_shardings(
     def leaf_sharding(path: Any, leaf: Any) -> NamedSharding:
         axes = getattr(leaf, "axes", leaf)
         shape = getattr(leaf, "shape", None)
-        if "zero1" in options:
-            axes = tuple(None if name == "embed" else name for name in axes)
-        spec = _parameter_spec(jax.tree_util.keystr(path), shape, axes, mesh)
+        without = {"fsdp"} if "zero1" in options else set()
+        name = jax.tree_util.keystr(path)
+        spec = _parameter_spec(name, shape, axes, mesh, without)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(
@@ -176,9 +177,12 @@ def check_fit(
         ValueError: everything that does not divide, with the sizes that would.
     """
     rows_parts = allocation.num_row_shards
+    mlp_parts = allocation.tensor
+    if model_config.moe is None:
+        mlp_parts *= allocation.fsdp
     needs = [
         ("tensor", allocation.tensor, "num_heads", model_config.num_heads),
-        ("tensor", allocation.tensor, "mlp_width", model_config.mlp_width),
+        ("tensor × fsdp", mlp_parts, "mlp_width", model_config.mlp_width),
         ("fsdp", allocation.fsdp, "width", model_config.width),
         ("data × fsdp × expert", rows_parts, "rows of a microbatch", batch_rows or 0),
     ]
@@ -251,9 +255,15 @@ def _check_rank(what: str, shape: Sequence[int], axes: Axes) -> None:
 
 
 def _parameter_spec(
-    path: str, shape: Sequence[int] | None, axes: Axes, mesh: Mesh
+    path: str,
+    shape: Sequence[int] | None,
+    axes: Axes,
+    mesh: Mesh,
+    without: Collection[str] = (),
 ) -> PartitionSpec:
-    dimensions = [_mesh_axes(name) for name in axes]
+    dimensions = [
+        tuple(axis for axis in _mesh_axes(name) if axis not in without) for name in axes
+    ]
     if shape is None:
         return _spec(dimensions, mesh)
     _check_rank(f"Parameter {path}", shape, axes)

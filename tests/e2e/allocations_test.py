@@ -134,7 +134,7 @@ NORMS = {
     "layers.mlp_norm.scale": (2, 32),
 }
 # The dimension that is cut: by width (fsdp), or by vocabulary, heads and mlp (tensor).
-FSDP_CUTS = dict(zip(WEIGHTS, (1, 0, 1, 3, 1, 1, 2, 1, 1), strict=True))
+FSDP_CUTS = dict(zip(WEIGHTS, (1, 0, 1, 3, 1, 1, 1, 1, 1), strict=True))
 TENSOR_CUTS = dict(zip(WEIGHTS, (0, 1, 2, 1, 2, 2, 1, 2, 2), strict=True))
 
 

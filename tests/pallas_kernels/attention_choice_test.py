@@ -43,6 +43,17 @@ def test_long_rows_are_blocked_and_short_ones_dense():
     assert "Not as 'dense': rows have 1025 tokens, more than 1024." in answer
 
 
+def test_many_short_rows_are_blocked_but_not_many_single_tokens():
+    # 256 rows of 1024 tokens and 32 heads: 2^33 scores.
+    rows, keys = (256, 1024, 32, 128), (256, 1024, 8, 128)
+    answer = explain(rows, keys, jnp.bfloat16, device=H200)
+    assert answer.startswith("attention runs as 'blocked'.")
+    assert f"there are {2**33} scores, more than {2**30}" in answer
+    step = (256, 1, 32, 128), (256, 2**18, 8, 128)
+    answer = explain(*step, jnp.bfloat16, device=H200, is_cached=True)
+    assert answer.startswith("attention runs as 'dense'.")
+
+
 def test_cudnn_attends_rows_of_one_segment_on_a_gpu():
     answer = explain_row(is_packed=False, window=100, scale=0.1)
     assert answer == "attention runs as 'cudnn'."

@@ -62,7 +62,7 @@ def test_every_matrix_is_cut_where_the_table_says():
         "key": PartitionSpec(None, "fsdp", "tensor"),
         "output": PartitionSpec(None, "tensor", None, "fsdp"),
         "up": PartitionSpec(None, "fsdp", "tensor"),
-        "down": PartitionSpec(None, "tensor", "fsdp"),
+        "down": PartitionSpec(None, ("tensor", "fsdp")),
         "norm": PartitionSpec(),
         "head": PartitionSpec("fsdp", "tensor"),
     }

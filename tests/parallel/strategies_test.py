@@ -185,6 +185,7 @@ def promised_bytes(config, text, *, has_moments):
         "heads": size.tensor,
         "kv_heads": size.tensor if config.num_kv_heads % size.tensor == 0 else 1,
         "mlp": size.tensor,
+        "mlp_in": size.tensor * (size.fsdp if is_cut else 1),
         "embed": size.fsdp if is_cut else 1,
         "layer": size.stage,
         "expert": size.expert,
