@@ -32,6 +32,7 @@ def declare(values: flags.FlagValues, arguments: list[str]) -> list[str]:
         ("target", "", "Folder to write; by default the source is only described."),
         ("dtype", "", "Of the tensors written; by default the widest of the source's."),
         ("head", "", "scalar: a language model becomes a reward model or critic."),
+        ("family", "", "Module of a model family of your own, as it is imported."),
     ):
         flags.DEFINE_string(name, default, about, flag_values=values)
     for name, default, about in (
@@ -60,7 +61,8 @@ def main(values: flags.FlagValues) -> int:
     if not values.target and (values.dtype or values.head):
         raise ValueError("--target is missing: the folder to write what is converted.")
     console = Console()
-    summary = conversion.summarize(values.source)
+    family = values.family or None
+    summary = conversion.summarize(values.source, family=family)
     _show(console, summary)
     if values.target:
         with console.progress("converting", summary.num_tensors, unit="tensors") as on:
@@ -69,15 +71,16 @@ def main(values: flags.FlagValues) -> int:
                 values.target,
                 dtype=DTYPES[values.dtype] if values.dtype else None,
                 head=values.head or None,
+                family=family,
                 seed=values.seed,
                 max_shard_bytes=values.max_file_megabytes * 10**6,
                 on_tensor=on,
             )
-        summary = conversion.summarize(values.target)
+        summary = conversion.summarize(values.target, family=family)
         _show(console, summary)
     if values.check:
         with console.progress("checking", summary.num_tensors, unit="tensors") as on:
-            conversion.check_finite(summary.folder, on)
+            conversion.check_finite(summary.folder, on, family=family)
         console.print("All tensors are there, of the right shapes, and finite.")
     if values.json:
         print(json.dumps(_record(summary) | {"is_checked": values.check}))

@@ -1,5 +1,6 @@
 """The config.json of a checkpoint folder: which model it holds, and what for."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from jax.typing import DTypeLike
 
 from realjax.models import families
 from realjax.models.config import ModelConfig
+from realjax.models.families._fields import read_ids
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -21,10 +23,13 @@ def read_config(
 ) -> ModelConfig:
     """Read the config of a checkpoint folder.
 
+    The ids that end a text are those of config.json and of generation_config.json:
+    chat models name some of theirs only there.
+
     Args:
         folder: with a config.json.
-        family: for a family of your own, its module or dotted name; by default the
-            one that the config names.
+        family: for a family of your own, its module or that module's name; by default
+            the one that the config names.
 
     Raises:
         FileNotFoundError: if the folder or its config.json is missing.
@@ -33,10 +38,13 @@ def read_config(
     fields = read_fields(folder)
     fields.pop(ROLE_FIELD, None)
     try:
-        module = families.family(family or str(fields.get("model_type")))
-        return module.read_config(fields)
+        module = families.family(family) if family else families.named_in(fields)
+        config = module.read_config(fields)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{Path(folder) / CONFIG_FILE}: {error}") from error
+    further = _generation_eos_ids(Path(folder) / GENERATION_FILE)
+    eos_ids = tuple(dict.fromkeys((*config.eos_ids, *further)))
+    return dataclasses.replace(config, eos_ids=eos_ids)
 
 
 def write_config(
@@ -55,7 +63,9 @@ def write_config(
         role: what the model was trained to be, for `read_role`.
     """
     module = families.family(config.family)
-    fields = module.write_config(config) | {"dtype": jnp.dtype(dtype).name}
+    fields = module.write_config(config)
+    # The name in transformers 5, and that in 4.
+    fields |= dict.fromkeys(("dtype", "torch_dtype"), jnp.dtype(dtype).name)
     if role is not None:
         fields[ROLE_FIELD] = role
     _write_json(Path(folder) / CONFIG_FILE, fields)
@@ -91,6 +101,21 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} is not a checkpoint: it has no {CONFIG_FILE}."
         )
+    return _read_json(path)
+
+
+def _generation_eos_ids(path: Path) -> tuple[int, ...]:
+    if not path.is_file():
+        return ()
+    name = "eos_token_id"
+    fields = _read_json(path)
+    try:
+        return read_ids(name, fields.get(name))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text())
     except ValueError as error:

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from realjax.models import checkpoint_config
+from realjax.models import checkpoint_config, families
 from realjax.models.block import INIT_DEVIATION
 from realjax.models.byte_ranges import FLOATS
+from realjax.models.checkpoint_config import GENERATION_FILE
 from realjax.models.config import ModelConfig
-from realjax.models.families import family
 from realjax.models.new_folder import NewFolder
 from realjax.models.parameters import abstract_parameters
 from realjax.models.tensor_checks import (
@@ -73,14 +73,18 @@ class Summary:
         return sorted(found, key=lambda name: (-FLOATS[name].itemsize, name))
 
 
-def summarize(folder: str | Path) -> Summary:
+def summarize(folder: str | Path, *, family: str | None = None) -> Summary:
     """Check and describe a checkpoint; no number is read.
+
+    Args:
+        folder: of the checkpoint.
+        family: name of the module of a family of your own.
 
     Raises:
         FileNotFoundError, ValueError: as `hf.check` does.
     """
     folder = Path(folder)
-    with _opened(folder) as (config, files, needed):
+    with _opened(folder, family) as (config, files, needed):
         groups: dict[str, dict[str, int]] = {}
         for kind, names in _names_by_kind(config).items():
             counts = groups.setdefault(kind, {})
@@ -99,17 +103,23 @@ def summarize(folder: str | Path) -> Summary:
         )
 
 
-def check_finite(folder: str | Path, on_tensor: Callable[[], Any] = lambda: None):
+def check_finite(
+    folder: str | Path,
+    on_tensor: Callable[[], Any] = lambda: None,
+    *,
+    family: str | None = None,
+):
     """Read every number of a checkpoint.
 
     Args:
         folder: of the checkpoint.
         on_tensor: called after each tensor.
+        family: name of the module of a family of your own.
 
     Raises:
         ValueError: if one is not finite; the message names the tensor and the place.
     """
-    with _opened(Path(folder)) as (_, files, needed):
+    with _opened(Path(folder), family) as (_, files, needed):
         for name, shape in needed.items():
             for box in _blocks(shape):
                 _refuse_not_finite(name, files.path(name), files.read(name, box), box)
@@ -122,6 +132,7 @@ def convert(
     *,
     dtype: np.dtype | None = None,
     head: str | None = None,
+    family: str | None = None,
     seed: int = 0,
     max_shard_bytes: int,
     on_tensor: Callable[[], Any] = lambda: None,
@@ -129,11 +140,13 @@ def convert(
     """Write a checkpoint anew, as safetensors.
 
     Args:
-        source: folder to read; its tokenizer is copied too.
+        source: folder to read; its tokenizer is copied too, and a language model's
+            settings for generation.
         target: folder to make or, if it is a checkpoint already, to replace.
         dtype: to store; the widest in the source by default.
         head: "scalar" makes a reward model or critic of a language model: its head is
             left out and a new one is drawn.
+        family: name of the module of a family of your own.
         seed: of a new head.
         max_shard_bytes: of one file; a larger tensor gets its own.
         on_tensor: called after each tensor.
@@ -144,9 +157,11 @@ def convert(
             what is asked for.
     """
     source, new = Path(source), NewFolder(target)
-    role = checkpoint_config.read_role(source)
-    with _opened(source) as (own, files, own_shapes):
+    with _opened(source, family) as (own, files, own_shapes):
         config = _with_head(source, own, head)
+        # With a new head it is not what it was trained to be.
+        is_same = config.head == own.head
+        role = checkpoint_config.read_role(source) if is_same else None
         found = [FLOATS[files.dtype(name)] for name in own_shapes]
         dtype = dtype or max(found, key=lambda one: one.itemsize)
         check_stored_dtype(dtype)
@@ -166,7 +181,8 @@ def convert(
         write_index(partial, plan, dtype)
         for planned in plan:
             write_file(partial, planned, map(array, planned.shapes), dtype)
-        for name in TOKENIZER_FILES:
+        is_language = config.head == "language"
+        for name in (*TOKENIZER_FILES, *is_language * (GENERATION_FILE,)):
             if (source / name).is_file():
                 shutil.copy(source / name, partial)
         new.finish()
@@ -174,17 +190,17 @@ def convert(
 
 @contextlib.contextmanager
 def _opened(
-    folder: Path,
+    folder: Path, family: str | None
 ) -> Iterator[tuple[ModelConfig, TensorFiles, dict[str, tuple[int, ...]]]]:
     """Open a checkpoint: its config, tensors, and the shapes of those it needs."""
-    config = checkpoint_config.read_config(folder)
+    config = checkpoint_config.read_config(folder, family=family)
     abstract, stored = _trees(config)
     with open_checked(folder, config, abstract, stored) as files:
         yield config, files, needed_shapes(abstract, stored)
 
 
 def _trees(config: ModelConfig) -> tuple[Any, Any]:
-    stored = family(config.family).stored_tensors(config)
+    stored = families.family(config.family).stored_tensors(config)
     return abstract_parameters(config), stored
 
 

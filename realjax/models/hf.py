@@ -19,7 +19,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from realjax.core.arrays import Array, Key, PyTree
-from realjax.models import layout
+from realjax.models import families, layout
 from realjax.models.block import INIT_DEVIATION
 from realjax.models.byte_ranges import FLOATS
 from realjax.models.checkpoint_config import (
@@ -219,7 +219,7 @@ def _wanted_config(
 ) -> tuple[ModelConfig, ModelConfig]:
     """Return the checkpoint's own config, and that of the model to load from it."""
     # Only a family of one's own is not known by what the folder says.
-    is_foreign = config is not None and "." in config.family
+    is_foreign = config is not None and families.is_own(config.family)
     own = read_config(folder, family=config.family if config and is_foreign else None)
     config = own if config is None else config
     if head is not None:

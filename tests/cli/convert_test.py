@@ -120,6 +120,55 @@ def test_the_role_of_a_critic_is_kept(tmp_path, capsys):
     assert found["role"] == "critic" and "scalar head, a critic" in text
 
 
+def test_a_new_head_has_no_role_yet(tmp_path, capsys):
+    config, parameters = hf.read_config(UNTIED), hf.load(UNTIED)
+    hf.save(tmp_path / "policy", config, parameters, role="policy")
+    arguments = [f"--source={tmp_path / 'policy'}", f"--target={tmp_path / 'new'}"]
+    found, _ = run(capsys, *arguments, "--head=scalar")
+    assert (found["head"], found["role"]) == ("scalar", None)
+
+
+def test_settings_of_generation_are_kept_by_language_models(copied, tmp_path, capsys):
+    settings = {"eos_token_id": [1, 7], "temperature": 0.6, "do_sample": True}
+    (copied / "generation_config.json").write_text(json.dumps(settings))
+    run(capsys, f"--source={copied}", f"--target={tmp_path / 'm'}")
+    kept = (tmp_path / "m/generation_config.json").read_text()
+    assert json.loads(kept) == settings
+    run(capsys, f"--source={copied}", f"--target={tmp_path / 'r'}", "--head=scalar")
+    assert not (tmp_path / "r/generation_config.json").exists()
+
+
+def test_a_family_of_ones_own_is_named_by_a_flag(copied, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_family.py").write_text(
+        "import dataclasses\n"
+        "from realjax.models.families.llama import *\n"
+        "from realjax.models.families import llama\n"
+        "def read_config(fields):\n"
+        "    config = llama.read_config({**fields, 'model_type': 'llama'})\n"
+        "    return dataclasses.replace(config, family='own_family')\n"
+        "def write_config(config):\n"
+        "    config = dataclasses.replace(config, family='llama')\n"
+        "    return llama.write_config(config) | {'model_type': 'own'}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    fields = json.loads((copied / "config.json").read_text()) | {"model_type": "own"}
+    (copied / "config.json").write_text(json.dumps(fields))
+    assert command([f"--source={copied}"]) == 2
+    assert "Models of type 'own' are not supported" in capsys.readouterr().err
+    arguments = [f"--source={copied}", f"--target={tmp_path / 'm'}", "--check"]
+    found, _ = run(capsys, *arguments, "--family=own_family")
+    assert found["family"] == "own_family"
+    fields = json.loads((tmp_path / "m/config.json").read_text())
+    assert fields["model_type"] == "own"
+
+
+def test_a_folder_around_the_source_is_not_replaced(copied, tmp_path, capsys):
+    inner = shutil.copytree(copied, copied / "inner")
+    assert command([f"--source={inner}", f"--target={copied}"]) == 2
+    assert "will not be replaced" in capsys.readouterr().err
+    assert inner.is_dir()
+
+
 @pytest.mark.parametrize("value", (np.nan, np.inf))
 def test_numbers_that_are_not_finite_are_found_by_name_and_place(copied, value, capsys):
     def spoil(tensors):

@@ -48,6 +48,24 @@ PUBLISHED = [
         },
     ),
     (
+        *("gpt2", "355m", "GPT2LMHeadModel"),
+        {
+            **{"activation_function": "gelu_new", "attn_pdrop": 0.1, "n_ctx": 1024},
+            **{"bos_token_id": 50256, "eos_token_id": 50256, "embd_pdrop": 0.1},
+            **{"n_embd": 1024, "n_head": 16, "n_layer": 24, "n_positions": 1024},
+            **{"n_special": 0, "predict_special_tokens": True, "vocab_size": 50257},
+        },
+    ),
+    (
+        *("gpt2", "1.5b", "GPT2LMHeadModel"),
+        {
+            **{"activation_function": "gelu_new", "attn_pdrop": 0.1, "n_ctx": 1024},
+            **{"bos_token_id": 50256, "eos_token_id": 50256, "embd_pdrop": 0.1},
+            **{"n_embd": 1600, "n_head": 25, "n_layer": 48, "n_positions": 1024},
+            **{"output_past": True, "vocab_size": 50257},
+        },
+    ),
+    (
         *("mistral", "7b-v0.1", "MistralForCausalLM"),
         _MISTRAL
         | sizes(4096, 32, 32, 8, 14336)

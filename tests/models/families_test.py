@@ -9,6 +9,7 @@ import types
 import jax
 import pytest
 
+from realjax.models.checkpoint_config import read_config
 from realjax.models.config import ModelConfig, MoEConfig, RopeScaling
 from realjax.models.families import family, llama
 from realjax.models.layout import Stored
@@ -272,13 +273,51 @@ def test_gpt2_reads_its_switches():
         ({"hidden_size": None}, "'hidden_size' is missing"),
         (
             {"architectures": [llama.CLASSES.scalar], "id2label": None},
-            "makes 2 labels",
+            "has 2 labels",
         ),
+        ({"rope_scaling": {"factor": 2.0}}, "'factor' has no meaning without scaling"),
+        ({"rope_scaling": "linear"}, "rotary fields are 'linear'; they must be an obj"),
+        ({"hidden_size": "48"}, "'hidden_size' is '48'; it must be a whole number"),
+        ({"num_hidden_layers": 2.0}, "'num_hidden_layers' is 2.0; it must be a whole"),
+        ({"num_attention_heads": 0}, "'num_attention_heads' is 0; it must be a whole"),
+        ({"eos_token_id": [2, "</s>"]}, "'eos_token_id' has '</s>'; ids are whole"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=message):
         llama.read_config(OLD | fields)
+
+
+def test_the_number_of_labels_may_stand_alone():
+    scalar = {"architectures": [llama.CLASSES.scalar], "num_labels": 1}
+    assert llama.read_config(OLD | scalar).head == "scalar"
+
+
+def test_rotary_embeddings_of_all_coordinates_may_say_so():
+    rope = {"rope_theta": 5.0, "rope_type": "default", "partial_rotary_factor": 1.0}
+    fields = {name: x for name, x in OLD.items() if not name.startswith("rope_")}
+    config = llama.read_config(fields | {"rope_parameters": rope})
+    assert (config.rope_theta, config.rope_scaling) == (5.0, None)
+
+
+def test_a_family_of_ones_own_may_be_a_module_beside_the_program(monkeypatch):
+    own = types.ModuleType("my_family")
+    vars(own).update({name: vars(llama)[name] for name in vars(llama)})
+    own.__name__ = "my_family"
+    monkeypatch.setitem(sys.modules, "my_family", own)
+    assert family("my_family") is own
+
+
+@pytest.mark.parametrize("name", ("my_package.own", "my_package", None))
+def test_a_file_does_not_say_what_is_imported(name, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_package").mkdir()
+    for module in ("__init__", "own"):
+        (tmp_path / "my_package" / f"{module}.py").touch()
+    (tmp_path / "config.json").write_text(json.dumps(OLD | {"model_type": name}))
+    with pytest.raises(ValueError, match=r"not supported. Known families are: .*llama"):
+        read_config(tmp_path)
+    assert "my_package" not in sys.modules
 
 
 @pytest.mark.parametrize(

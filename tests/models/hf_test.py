@@ -254,6 +254,24 @@ def test_a_missing_folder_or_config_is_named(tmp_path):
         hf.load(tmp_path)
 
 
+def test_ids_that_end_a_text_are_kept_wherever_they_stand(saved, copied):
+    path = copied / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [2, 7]}))
+    config = hf.read_config(copied)
+    assert config == dataclasses.replace(CONFIG, eos_ids=(2, 7))
+    hf.save(copied, config, saved[1])
+    assert json.loads(path.read_text())["eos_token_id"] == [2, 7]
+    path.write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(ValueError, match=r"generation_config.json: .*'eos_token_id'"):
+        hf.read_config(copied)
+
+
+def test_the_stored_type_is_said_to_old_and_new_readers(saved, tmp_path):
+    hf.save(tmp_path / "m", CONFIG, saved[1], dtype=jnp.bfloat16)
+    fields = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert (fields["dtype"], fields["torch_dtype"]) == ("bfloat16", "bfloat16")
+
+
 def test_a_broken_config_is_named(copied):
     (copied / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):

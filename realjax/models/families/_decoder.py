@@ -65,14 +65,10 @@ def read_decoder(
         ValueError: for a field that is missing or has an unsupported value.
     """
     head = fields.head(*classes)
-    width, num_heads = fields.take("hidden_size"), fields.take("num_attention_heads")
-    num_kv_heads = fields.take("num_key_value_heads", None)
-    if num_kv_heads is None:
-        if not kv_heads_default:
-            fields.take("num_key_value_heads")  # Says that it is missing.
-        num_kv_heads = num_heads
-    found = fields.take("max_position_embeddings", None)
-    max_positions = max_positions if found is None else found
+    width, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    default = (num_heads,) if kv_heads_default else ()
+    num_kv_heads = fields.count("num_key_value_heads", *default)
+    max_positions = fields.count("max_position_embeddings", max_positions)
     if has_rope:
         theta, scaling = _rope.read_rope(fields, max_positions, rope_theta)
         own = {"rope_theta": theta, "rope_scaling": scaling} | own
@@ -81,13 +77,13 @@ def read_decoder(
     return ModelConfig(
         family=family,
         head=head,
-        vocab_size=fields.take("vocab_size"),
+        vocab_size=fields.count("vocab_size"),
         width=width,
-        num_layers=fields.take("num_hidden_layers"),
+        num_layers=fields.count("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=fields.take("head_dim", None) or head_dim or width // num_heads,
-        mlp_width=fields.take(mlp_field),
+        head_dim=fields.count("head_dim", head_dim or width // num_heads),
+        mlp_width=fields.count(mlp_field),
         activation=fields.activation(*activation),
         norm_epsilon=norm_epsilon if epsilon is None else epsilon,
         tie_embeddings=tie_embeddings if ties is None else bool(ties),

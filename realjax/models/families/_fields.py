@@ -61,6 +61,23 @@ class Fields:
             )
         return self._left.pop(name)
 
+    def count(self, name: str, *default: int) -> int:
+        """Take a field out that counts something; null is the default, if any.
+
+        Raises:
+            ValueError: if it is missing and has no default, or is not a whole number
+                from 1.
+        """
+        if default and self._left.get(name) is None:
+            self._left.pop(name, None)
+            return default[0]
+        found = self.take(name)
+        if type(found) is not int or found < 1:
+            raise ValueError(
+                f"The field {name!r} is {found!r}; it must be a whole number from 1."
+            )
+        return found
+
     def only(self, name: str, *supported: Any) -> None:
         """Take a field out, refusing any value but those supported (or none).
 
@@ -109,21 +126,25 @@ class Fields:
                 f" [{language!r}] and [{scalar!r}]."
             )
         # transformers' default is 2.
-        num_labels = len(self._left.get("id2label") or (0, 0))
+        names, num_labels = self._left.get("id2label"), self._left.get("num_labels")
+        num_labels = len(names) if names else num_labels or 2
         if num_labels != 1:
             raise ValueError(
-                f"The field 'id2label' makes {num_labels} labels; reward models and"
-                " critics have one (num_labels=1)."
+                f"The config has {num_labels} labels (field 'id2label', or else"
+                " 'num_labels', or else 2); reward models and critics have one."
             )
         return "scalar"
 
     def ids(self) -> dict[str, Any]:
-        """Take the special ids out; they are fields of `ModelConfig`."""
-        eos = self._left.pop("eos_token_id", None)
+        """Take the special ids out; they are fields of `ModelConfig`.
+
+        Raises:
+            ValueError: if one is not an id.
+        """
         return {
-            "bos_id": self._left.pop("bos_token_id", None),
-            "eos_ids": _tuple_of(eos),
-            "pad_id": self._left.pop("pad_token_id", None),
+            "bos_id": self._id("bos_token_id"),
+            "eos_ids": read_ids("eos_token_id", self._left.pop("eos_token_id", None)),
+            "pad_id": self._id("pad_token_id"),
         }
 
     def layer_types(self, num_layers: int) -> tuple[bool, ...] | None:
@@ -147,6 +168,9 @@ class Fields:
                 " layers."
             )
         return tuple(known[kind] for kind in types)
+
+    def _id(self, name: str) -> int | None:
+        return next(iter(read_ids(name, self._left.pop(name, None))), None)
 
     def refuse_rest(self, harmless: Sequence[str] = ()) -> None:
         """Check that what is left does not matter.
@@ -189,7 +213,17 @@ def written_activation(name: str, *, tanh: str = "gelu_pytorch_tanh") -> str:
     return tanh if name == "gelu_tanh" else name
 
 
-def _tuple_of(ids: int | list[int] | None) -> tuple[int, ...]:
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (ids,)
+def read_ids(name: str, value: Any) -> tuple[int, ...]:
+    """Return the ids of a field that has one, several or none.
+
+    Args:
+        name: of the field.
+        value: of the field.
+
+    Raises:
+        ValueError: if it holds anything else.
+    """
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if wrong := [one for one in ids if type(one) is not int]:
+        raise ValueError(f"The field {name!r} has {wrong[0]!r}; ids are whole numbers.")
+    return tuple(ids)

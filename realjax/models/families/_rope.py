@@ -75,8 +75,17 @@ def read_rope(
     return theta, read_scaling(rope, max_positions)
 
 
-def one_spelling(rope: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Drop what is null, and give the kind its newer name."""
+def one_spelling(rope: Any) -> dict[str, Any]:
+    """Drop what is null, and give the kind its newer name.
+
+    Raises:
+        ValueError: if it is not an object of fields.
+    """
+    if not isinstance(rope, Mapping | None):
+        raise ValueError(
+            f"The rotary fields are {rope!r}; they must be an object such as"
+            ' {"rope_type": "linear", "factor": 2.0}, or null.'
+        )
     result = {name: x for name, x in (rope or {}).items() if x is not None}
     oldest = result.pop("type", None)
     if oldest is not None:
@@ -107,7 +116,14 @@ def read_scaling(rope: Mapping[str, Any], max_positions: int) -> RopeScaling | N
     """
     rope = dict(rope)
     kind = rope.pop("rope_type", "default")
-    if kind == "default" and not rope.keys() - {_ORIGINAL}:
+    if rope.get("partial_rotary_factor") == 1:  # All of each head, as always here.
+        del rope["partial_rotary_factor"]
+    if kind == "default":
+        if further := sorted(rope.keys() - {_ORIGINAL}):
+            raise ValueError(
+                f"The rotary field {further[0]!r} has no meaning without scaling."
+                " Give the 'rope_type' it belongs to, or remove the field."
+            )
         return None
     if kind not in _KINDS:
         names = ", ".join(("default", *_KINDS))

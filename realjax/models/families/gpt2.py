@@ -29,6 +29,8 @@ _HARMLESS = (
     *("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout"),
     *("summary_type", "summary_use_proj", "summary_activation"),
     *("summary_proj_to_labels", "reorder_and_upcast_attn", "task_specific_params"),
+    # In the files of the larger models as they were published.
+    *("predict_special_tokens", "output_past"),
 )
 _LAYER = "transformer.h.{layer}."
 
@@ -41,26 +43,26 @@ def read_config(fields: Mapping[str, Any]) -> ModelConfig:
             what the model computes and is not supported; the message names it.
     """
     left = Fields(fields, "GPT-2", "gpt2")
-    width, num_heads = left.take("n_embd"), left.take("n_head")
+    width, num_heads = left.count("n_embd"), left.count("n_head")
     if width % num_heads:
         raise ValueError(
             f"The field 'n_embd' is {width}, which 'n_head' {num_heads} does not"
             " divide; a GPT-2 model has no other head width."
         )
-    max_positions = left.take("n_positions")
+    max_positions = left.count("n_positions")
     left.only("n_ctx", max_positions)
     ties = left.take("tie_word_embeddings", None)
     is_scaled = left.take("scale_attn_weights", True)
     config = ModelConfig(
         family="gpt2",
         head=left.head(*CLASSES),
-        vocab_size=left.take("vocab_size"),
+        vocab_size=left.count("vocab_size"),
         width=width,
-        num_layers=left.take("n_layer"),
+        num_layers=left.count("n_layer"),
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=width // num_heads,
-        mlp_width=left.take("n_inner", None) or 4 * width,
+        mlp_width=left.count("n_inner", 4 * width),
         activation=left.activation("activation_function", "gelu_new"),
         norm_epsilon=left.take("layer_norm_epsilon", 1e-5),
         attention_scale=None if is_scaled else 1.0,
