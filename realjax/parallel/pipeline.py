@@ -53,8 +53,8 @@ def run_stages(mesh: Mesh, constrain: Constrain, num_row_shards: int) -> RunLaye
         run_layers = functools.partial(scan_layers, layer)
 
         def stage_loop(stacked: PyTree, x: Array, of_rows: PyTree):
-            """Run one stage; every leaf of x and of_rows is [pieces, rows, …]."""
-            stage = jax.lax.axis_index("stage")
+            """Run one stage; x is [1, pieces, rows, …], of_rows [pieces, rows, …]."""
+            stage, x = jax.lax.axis_index("stage"), x[0]
 
             def tick(carry: tuple[Array, Any], time: Array):
                 received, sums = carry
@@ -80,14 +80,18 @@ def run_stages(mesh: Mesh, constrain: Constrain, num_row_shards: int) -> RunLaye
             return outs[None, num_stages - 1 :], sums
 
         by_stage, whole = PartitionSpec("stage"), PartitionSpec()
+        # A copy for each stage, side by side: the gradient of one for all would be
+        # summed by hand, which XLA for the CPU cannot do in bfloat16.
+        pieces = cut(x)
+        copies = jnp.broadcast_to(pieces[None], (num_stages, *pieces.shape))
         outs, sums = jax.shard_map(
             stage_loop,
             mesh=mesh,
-            in_specs=(by_stage, whole, whole),
+            in_specs=(by_stage, by_stage, whole),
             out_specs=(by_stage, by_stage),
             axis_names={"stage"},
             check_vma=False,  # Kernels start their loops from plain zeros.
-        )(stacked, cut(x), jax.tree.map(cut, of_rows))
+        )(stacked, copies, jax.tree.map(cut, of_rows))
         return constrain(_joined(outs[-1]), RESIDUAL), sums
 
     return run
