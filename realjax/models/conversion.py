@@ -176,16 +176,25 @@ def convert(
             generator = np.random.default_rng(seed)
             return INIT_DEVIATION * generator.standard_normal(shapes[name], np.float32)
 
-        partial = new.begin()
-        checkpoint_config.write_config(partial, config, dtype=dtype, role=role)
-        write_index(partial, plan, dtype)
-        for planned in plan:
-            write_file(partial, planned, map(array, planned.shapes), dtype)
-        is_language = config.head == "language"
-        for name in (*TOKENIZER_FILES, *is_language * (GENERATION_FILE,)):
-            if (source / name).is_file():
-                shutil.copy(source / name, partial)
-        new.finish()
+        try:
+            partial = new.begin()
+            checkpoint_config.write_config(partial, config, dtype=dtype, role=role)
+            write_index(partial, plan, dtype)
+            for planned in plan:
+                write_file(partial, planned, map(array, planned.shapes), dtype)
+            _copy_texts(source, partial, config)
+            new.finish()
+        except BaseException:
+            new.discard()
+            raise
+
+
+def _copy_texts(source: Path, target: Path, config: ModelConfig) -> None:
+    """Copy the files of the tokenizer, and settings of generation."""
+    is_language = config.head == "language"
+    for name in (*TOKENIZER_FILES, *is_language * (GENERATION_FILE,)):
+        if (source / name).is_file():
+            shutil.copy(source / name, target)
 
 
 @contextlib.contextmanager

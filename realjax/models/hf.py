@@ -188,6 +188,7 @@ def save(
     new, dtype = NewFolder(folder), jnp.dtype(dtype)
     check_stored_dtype(dtype)
     check_parameters(config, parameters)
+    family(config.family).write_config(config)  # Refuses what its files cannot say.
     sources = _stored_sources(config, parameters)
     shapes = [
         (name, layout.stored_shape(parts[0].tensor, parts[0].shape))

@@ -44,6 +44,10 @@ class NewFolder:
         self.partial.mkdir(parents=True)
         return self.partial
 
+    def discard(self) -> None:
+        """Remove what was written, if that cannot be finished."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
     def finish(self) -> None:
         """Give the folder its name; what had it before is gone."""
         old = self.path.with_name(f".{self.path.name}.old")

@@ -219,6 +219,13 @@ def test_a_folder_of_something_else_is_not_replaced(saved, tmp_path):
         hf.save(tmp_path, CONFIG, saved[1])
 
 
+def test_what_a_family_cannot_say_is_refused_before_anything_is_written(tmp_path):
+    config = dataclasses.replace(CONFIG, norm="gemma")
+    with pytest.raises(ValueError, match=r"'llama' cannot say that norm is 'gemma'"):
+        hf.save(tmp_path / "m", config, draw(config))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_project_that_has_a_config_json_is_not_replaced(saved, copied):
     (copied / "sources").mkdir()
     with pytest.raises(FileExistsError, match=r"holds the folder 'sources'"):
