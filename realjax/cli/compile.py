@@ -26,6 +26,7 @@ from realjax.runtime.described import DescribedProgram, described_programs
 from realjax.runtime.run import RunConfig
 
 _GIB = 2**30
+_WIDTH = 110
 
 
 def declare(values: flags.FlagValues, arguments: list[str]) -> list[str]:
@@ -101,7 +102,8 @@ def print_table(
         names = (part.call, str(part.allocation), part.name)
         numbers = (f"{size / _GIB:.2f}" for size in sizes)
         table.add_row(*names, *numbers, f"{report.seconds:.0f}")
-    console = rich.console.Console()
+    # Also where the output is a file: the numbers are not to be cut off.
+    console = rich.console.Console(width=max(rich.get_console().width, _WIDTH))
     console.print(table)
     for part, report in found:
         in_loops, outside = report.count(is_looped=True), report.count(is_looped=False)
