@@ -50,6 +50,10 @@ def blocked(
 
 
 def _forward(form: Form, query, key, value, visibility, scale):
+    # What depends on the rows alone is the same in all layers, and JAX would take it
+    # out of a scan over them: the visibility of all blocks, kept at once. Through the
+    # barrier it depends on the layer too.
+    query, visibility = jax.lax.optimization_barrier((query, visibility))
     heads = query.shape[2:4]
     rows, keys, values, sight = _padded(query, key, value, visibility)
     in_sight_IJ = _in_sight(form, sight)

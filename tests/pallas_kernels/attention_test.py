@@ -300,6 +300,37 @@ def test_a_long_row_makes_no_array_of_all_scores():
     assert compiled.memory_analysis().temp_size_in_bytes < 20e6
 
 
+def array_sizes(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (out.aval.size for out in equation.outvars)
+        is_program = lambda node: hasattr(getattr(node, "jaxpr", node), "eqns")
+        for inner in jax.tree.leaves(equation.params, is_leaf=is_program):
+            if is_program(inner):
+                yield from array_sizes(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_scan_over_layers_keeps_no_visibility_of_all_queries_and_keys(remat):
+    num_tokens = 4096
+
+    def total(kernels, x, segment_ids):
+        def layer(x, kernel):
+            heads = (x @ kernel)[:, :, None]
+            options = {"segment_ids": segment_ids, "implementation": "blocked"}
+            return attention(heads, heads, heads, **options)[:, :, 0], None
+
+        step = jax.checkpoint(layer) if remat else layer
+        return jax.lax.scan(step, x, kernels)[0].sum()
+
+    program = jax.make_jaxpr(jax.grad(total))(
+        jax.ShapeDtypeStruct((3, 4, 4), jnp.float32),
+        jax.ShapeDtypeStruct((1, num_tokens, 4), jnp.float32),
+        jax.ShapeDtypeStruct((1, num_tokens), jnp.int32),
+    )
+    # JAX takes out of the scan what is the same in all layers: all blocks at once.
+    assert max(array_sizes(program.jaxpr)) < num_tokens**2 // 16
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_cached_attention_sees_from_the_first_slot_to_its_own(implementation):
     num_slots, start, num_tokens = 12, 5, 3
