@@ -25,6 +25,7 @@ from realjax.functions.function import INFERRED, Generate, Infer, Score
 from realjax.functions.generate import GenerateProgram
 from realjax.functions.infer import InferProgram
 from realjax.functions.packed import ModelProgram
+from realjax.functions.routers import RouterInputs
 from realjax.functions.train import TrainProgram
 from realjax.models import hf, transformer
 from realjax.models.config import ModelConfig
@@ -269,7 +270,7 @@ class _Described:
             sums,
             (train._cut, jax.tree.map(lambda _: replicated(mesh), sums[1])),
         )
-        router = None
+        router = _router_inputs(program.config)
         accumulate = (state.parameters, sums, batch, packing, router)
         return {
             "accumulate": (train._accumulate, accumulate),
@@ -351,6 +352,18 @@ def _train_state(train: TrainProgram, program: ModelProgram) -> Any:
     )
 
 
+def _router_inputs(config: ModelConfig) -> RouterInputs | None:
+    moe = config.moe
+    if moe is None:
+        return None
+    has_losses = moe.aux_loss_coef or moe.z_loss_coef
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return RouterInputs(
+        scale=_shape((), jnp.float32) if has_losses else None,
+        noise_key=key if moe.jitter else None,
+    )
+
+
 def _model(
     config: RunConfig, graph: DataflowGraph, plan: ExecutionPlan, role: str
 ) -> ModelConfig:
@@ -365,7 +378,8 @@ def _model(
         outputs.add(getattr(node.function, "output", "logprobs"))
     head = "language" if "logprobs" in outputs else "scalar"
     if given.path:
-        model = dataclasses.replace(hf.read_config(given.path), head=head)
+        own = hf.read_config(given.path, family=given.family or None)
+        model = dataclasses.replace(own, head=head)
     elif "vocab_size" not in given.model:
         raise ValueError(
             f"config.roles.{role} has no path, and its model no vocab_size, which a run"
@@ -374,6 +388,7 @@ def _model(
     else:
         path = f"config.roles.{role}.model"
         model = to_dataclass(ModelConfig, dict(given.model) | {"head": head}, path=path)
+    model = given.router.applied(model)
     places = [name for name in plan.calls if graph.calls[name].role == role]
     allocations = [plan.calls[name].allocation for name in places]
     for allocation in allocations:
