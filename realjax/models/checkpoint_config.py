@@ -75,6 +75,11 @@ def write_config(
         _write_json(Path(folder) / GENERATION_FILE, ids)
 
 
+def old_path(folder: Path) -> Path:
+    """Return where a folder is for the moment in which another takes its name."""
+    return folder.with_name(f".{folder.name}.old")
+
+
 def read_role(folder: str | Path) -> str | None:
     """Return what a checkpoint says its model was trained to be, if it says that.
 
@@ -95,7 +100,9 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no checkpoint folder {folder}.")
+        old = old_path(folder)
+        hint = f" What it held is in {old}: rename that." if old.is_dir() else ""
+        raise FileNotFoundError(f"There is no checkpoint folder {folder}.{hint}")
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(

@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from realjax.models.checkpoint_config import CONFIG_FILE
+from realjax.models.checkpoint_config import CONFIG_FILE, old_path
 
 TENSOR_ENDS = (".safetensors", ".bin")
 
@@ -50,7 +50,7 @@ class NewFolder:
 
     def finish(self) -> None:
         """Give the folder its name; what had it before is gone."""
-        old = self.path.with_name(f".{self.path.name}.old")
+        old = old_path(self.path)
         if self.path.exists():
             shutil.rmtree(old, ignore_errors=True)
             self.path.rename(old)

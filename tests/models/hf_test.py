@@ -26,7 +26,7 @@ CONFIG = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=6,
-    mlp_width=12,
+    mlp_width=16,
 )
 KEY = jax.random.key(0)
 
@@ -257,6 +257,9 @@ def test_saving_to_a_link_replaces_what_it_leads_to_each_time(saved, copied):
 def test_a_missing_folder_or_config_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint folder .*nowhere"):
         hf.load(tmp_path / "nowhere")
+    (tmp_path / ".killed.old").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"is in .*/.killed.old: rename that"):
+        hf.load(tmp_path / "killed")
     with pytest.raises(FileNotFoundError, match=r"it has no config.json"):
         hf.load(tmp_path)
 
@@ -354,7 +357,7 @@ def test_an_unknown_tensor_is_named(copied):
 
 def test_a_tensor_of_another_shape_is_named(copied):
     rewrite(copied, lambda tensors: tensors.update({UP: tensors[UP][:, :7].copy()}))
-    with pytest.raises(ValueError, match=rf"'{UP}' has shape \(12, 7\), .* \(12, 8\)"):
+    with pytest.raises(ValueError, match=rf"'{UP}' has shape \(16, 7\), .* \(16, 8\)"):
         hf.load(copied)
 
 
