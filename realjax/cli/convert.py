@@ -54,6 +54,8 @@ def main(values: flags.FlagValues) -> int:
         raise ValueError("--source is missing: the folder of a checkpoint.")
     if values.dtype and values.dtype not in DTYPES:
         raise ValueError(f"--dtype={values.dtype} is not one of {', '.join(DTYPES)}.")
+    if values.seed < 0:
+        raise ValueError(f"--seed={values.seed}; it must be at least 0.")
     if values.max_file_megabytes < 1:
         raise ValueError(
             f"--max_file_megabytes={values.max_file_megabytes}; it must be at least 1."

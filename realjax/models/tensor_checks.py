@@ -13,6 +13,9 @@ from realjax.models.layout import Stored
 from realjax.models.parameters import Parameter, abstract_parameters
 from realjax.models.tensor_files import TensorFiles
 
+_HEAD = "lm_head.weight"
+_NUM_COMPARED_ROWS = 64
+
 
 def is_parameter(node: Any) -> bool:
     """Tell leaves of the abstract tree, which are tuples, from containers."""
@@ -66,6 +69,8 @@ def open_checked(
                 f" but the config needs {shape}."
             )
         files.check_dtype(name)
+    if config.head == "language" and config.tie_embeddings:
+        _check_tied_head(files, stored["embedding"].name)
     return files
 
 
@@ -74,7 +79,7 @@ def ignored_names(files: TensorFiles, config: ModelConfig) -> set[str]:
     # A tied model may store its head again; a scalar one does not use it.
     has_own_head = config.head == "language" and not config.tie_embeddings
     ignored = family(config.family).IGNORED_TENSORS
-    ignored += () if has_own_head else ("lm_head.weight",)
+    ignored += () if has_own_head else (_HEAD,)
     return {name for name in files.names if name.endswith(ignored)}
 
 
@@ -108,6 +113,28 @@ def check_parameters(config: ModelConfig, parameters: PyTree) -> None:
         )
 
 
+def _check_tied_head(files: TensorFiles, embedding: str) -> None:
+    """Refuse a head beside an embedding that the config says is the head.
+
+    transformers then uses the head that is there. Rows all over it are compared: one
+    that was trained for itself differs everywhere.
+    """
+    if _HEAD not in files.names:
+        return
+    shape = files.shape(embedding)
+    is_same = files.shape(_HEAD) == shape
+    for number in range(_NUM_COMPARED_ROWS if is_same else 0):
+        row = number * (shape[0] - 1) // (_NUM_COMPARED_ROWS - 1)
+        box = (slice(row, row + 1), slice(0, shape[1]))
+        is_same &= bool((files.read(_HEAD, box) == files.read(embedding, box)).all())
+    if not is_same:
+        raise ValueError(
+            f"{files.path(_HEAD)}: the config says that the embedding is also the head"
+            f" ('tie_word_embeddings'), but the tensor {_HEAD!r} is another than"
+            f" {embedding!r}. Set the field to false, or remove the tensor."
+        )
+
+
 def _adopt_prefix(files: TensorFiles, needed: dict[str, tuple[int, ...]]) -> None:
     """Add the first part of all names where files were saved without it.
 
@@ -120,6 +147,6 @@ def _adopt_prefix(files: TensorFiles, needed: dict[str, tuple[int, ...]]) -> Non
     prefix = f"{firsts.most_common(1)[0][0]}."
     if any(name.startswith(prefix) for name in files.names):
         return
-    others = files.names - needed.keys()
+    others = files.names - needed.keys() - {_HEAD}
     if any(prefix + name in needed for name in others):
         files.rename({name: prefix + name for name in others})

@@ -200,6 +200,7 @@ def test_numbers_too_large_for_a_type_are_refused(copied, tmp_path, capsys):
         (["--source={untied}", "--head=two", "--target=x"], "head is 'two'"),
         (["--source={scalar}", "--head=language", "--target=x"], "head is lost"),
         (["--source={untied}", "--max_file_megabytes=0"], "must be at least 1"),
+        (["--source={untied}", "--seed=-1"], "--seed=-1; it must be at least 0"),
         (["--source={untied}", "--target=full"], "it will not be replaced"),
         (["--source={untied}", "--targt=x"], "There is no flag --targt"),
     ],

@@ -381,6 +381,20 @@ def test_what_other_programs_add_is_ignored(tmp_path):
     assert_equal_trees(hf.load(tmp_path / "m"), parameters)
 
 
+def test_a_head_that_is_not_the_embedding_it_should_be_is_refused(tmp_path):
+    config = dataclasses.replace(CONFIG, tie_embeddings=True)
+    hf.save(tmp_path / "m", config, draw(config))
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1e-3
+
+    rewrite(tmp_path / "m", change)
+    with pytest.raises(ValueError, match=r"'lm_head.weight' is another than 'model.em"):
+        hf.load(tmp_path / "m")
+    scalar = dataclasses.replace(config, head="scalar")
+    hf.check(tmp_path / "m", config=scalar)
+
+
 def test_parameters_of_another_config_are_not_saved(saved, tmp_path):
     config = dataclasses.replace(CONFIG, num_layers=2)
     with pytest.raises(ValueError, match=r"\['key'\]\['kernel'\] has shape \(3, 8,"):
