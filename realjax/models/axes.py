@@ -12,6 +12,7 @@ from realjax.core.arrays import Array
 Axes = tuple[str | None, ...]
 Constrain = Callable[[Array, Axes], Array]
 
+EMBEDDED: Axes = ("wide_batch", "length", "embed")
 RESIDUAL: Axes = ("batch", "length", "embed_act")
 QUERY: Axes = ("batch", "length", "heads", "head_dim")
 KEY_VALUE: Axes = ("batch", "length", "kv_heads", "head_dim")

@@ -22,7 +22,7 @@ from realjax.core.arrays import Array, Float, Int, PyTree, UInt
 from realjax.models import block as block_lib
 from realjax.models import cache as cache_lib
 from realjax.models import rotary
-from realjax.models.axes import CACHE, RESIDUAL
+from realjax.models.axes import CACHE, EMBEDDED, RESIDUAL
 from realjax.models.block import INIT_DEVIATION, LAYER_INPUT, Block
 from realjax.models.cache import Cache
 from realjax.models.config import ModelConfig
@@ -154,7 +154,7 @@ def run(
         keep = functools.partial(jnp.where, traits.is_real)
         return keep(new, x), jax.tree.map(lambda s: keep(s, 0.0), sums)
 
-    x = _embed(parameters, config, tokens, positions, dtype)
+    x = _embed(parameters, config, tokens, positions, dtype, partition)
     x, sums = partition.run_layers(
         _rematerialized(layer, remat),
         partition.constrain(x, RESIDUAL),
@@ -235,7 +235,7 @@ def extend(
         x, cache, _ = _apply(block, weights, x, turned, attend, is_token)
         return (x, cache), None
 
-    x = _embed(parameters, config, tokens, positions, dtype)
+    x = _embed(parameters, config, tokens, positions, dtype, partition)
     # The cache is in the carry: as scanned inputs and outputs it would be copied whole.
     # Layers that only pad the stack are not run.
     carry = (partition.constrain(x, RESIDUAL), cache)
@@ -301,6 +301,7 @@ def _embed(
     tokens: Array,
     positions: Array,
     dtype: DTypeLike,
+    partition: Partition,
 ) -> Array:
     take = functools.partial(jnp.take, axis=0, mode="clip")
     x = take(parameters["embedding"], tokens).astype(dtype)
@@ -308,7 +309,9 @@ def _embed(
         x = x * jnp.asarray(math.sqrt(config.width), dtype)
     if config.positions == "learned":
         x = x + take(parameters["position_embedding"], positions).astype(dtype)
-    return x
+    # First cut as the embedding is: what then changes is the cut, forward and backward,
+    # and no device has the gradients of all rows in their full width.
+    return partition.constrain(x, EMBEDDED)
 
 
 def _final_norm(

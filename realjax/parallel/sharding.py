@@ -32,6 +32,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "expert": ("expert",),
     # activations
     "batch": ("data", "fsdp", "expert"),
+    "wide_batch": ("data", "expert"),  # next to "embed", which is over fsdp
     "length": (),
     "embed_act": (),
     "slots": (),
@@ -77,7 +78,7 @@ def constrain_for(mesh: Mesh, *, options: frozenset[str] = frozenset()) -> Const
 
     Mesh axes that do not divide a dimension are dropped, the last first: two rows on
     d2f2 are split over data alone. With the option `sequence`, activations of width
-    "embed_act" are also split over tensor along "length".
+    "embed_act" or "embed" are also split over tensor along "length".
 
     Args:
         mesh: The mesh of the call.
@@ -290,9 +291,10 @@ def _activation_spec(
 ) -> PartitionSpec:
     _check_rank("An activation", shape, axes)
     dimensions: list[tuple[str, ...]] = []
+    has_width = "embed_act" in axes or "embed" in axes
     for size, name in zip(shape, axes, strict=True):
         split = tuple(axis for axis in _mesh_axes(name) if axis not in manual)
-        if is_sequence_split and name == "length" and "embed_act" in axes:
+        if is_sequence_split and name == "length" and has_width:
             split = () if "tensor" in manual else ("tensor",)
         while size % num_parts(split, mesh):
             split = split[:-1]

@@ -252,3 +252,17 @@ def test_a_step_is_that_of_one_device_from_parts_of_it(family, text, num_kv_head
     for count in (1, 3):
         assert_equal_steps(program.step(count), one_device(family, num_kv_heads))
     assert_promises_are_kept(program, (STRATEGIES | EXPERT_STRATEGIES)[text])
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [("llama", "f4t2"), pytest.param("qwen3_moe", "f4e2", marks=pytest.mark.slow)],
+)
+def test_no_device_has_the_embedding_s_gradient_in_its_full_width(family, text):
+    # A number of ids that no other array has.
+    config = dataclasses.replace(config_of(family), vocab_size=97)
+    program = Program(config, text)
+    rows, width = program.config.padded_vocab_size, program.config.width
+    # Nor half of it, which gradients of other cuts could be brought through.
+    for part in (width, width // 2):
+        assert f"f32[{rows},{part}]" not in program.accumulate.as_text()
