@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,6 +54,7 @@ def write_config(
     *,
     dtype: DTypeLike = jnp.float32,
     role: str | None = None,
+    eos_ids: Sequence[int] = (),
 ) -> None:
     """Write config.json, and for language models generation_config.json.
 
@@ -61,6 +63,7 @@ def write_config(
         config: of the model.
         dtype: that its tensors are stored as.
         role: what the model was trained to be, for `read_role`.
+        eos_ids: ids that end a text beside those of the config, for generation.
     """
     module = families.family(config.family)
     fields = module.write_config(config)
@@ -72,6 +75,9 @@ def write_config(
     if config.head == "language":
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {name: fields[name] for name in names if fields.get(name) is not None}
+        all_eos = tuple(dict.fromkeys((*config.eos_ids, *eos_ids)))
+        if all_eos != config.eos_ids:
+            ids["eos_token_id"] = list(all_eos)
         _write_json(Path(folder) / GENERATION_FILE, ids)
 
 

@@ -199,7 +199,9 @@ def save(
     is_first = jax.process_index() == writers[0]
     if is_first:
         partial = new.begin()
-        write_config(partial, config, dtype=dtype, role=role)
+        # A policy ends its texts as its tokenizer says, which may be another's.
+        eos_ids = getattr(tokenizer, "eos_ids", ())
+        write_config(partial, config, dtype=dtype, role=role, eos_ids=eos_ids)
         write_index(partial, plan, dtype)
         if tokenizer is not None:
             tokenizer.save(partial)

@@ -182,8 +182,8 @@ def test_a_scalar_checkpoint_has_no_language_head(tmp_path):
 
 
 class FakeTokenizer:
-    def __init__(self, *, fails=False):
-        self.fails = fails
+    def __init__(self, *, fails=False, eos_ids=()):
+        self.fails, self.eos_ids = fails, eos_ids
 
     def save(self, folder):
         if self.fails:
@@ -274,6 +274,14 @@ def test_ids_that_end_a_text_are_kept_wherever_they_stand(saved, copied):
     path.write_text(json.dumps({"eos_token_id": "</s>"}))
     with pytest.raises(ValueError, match=r"generation_config.json: .*'eos_token_id'"):
         hf.read_config(copied)
+
+
+def test_ids_that_end_a_text_for_the_tokenizer_are_kept_for_generation(saved, tmp_path):
+    tokenizer = FakeTokenizer(eos_ids=(7, 2))
+    config = dataclasses.replace(CONFIG, eos_ids=(2,))
+    hf.save(tmp_path / "m", config, saved[1], tokenizer=tokenizer)
+    generation = json.loads((tmp_path / "m/generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 7]
 
 
 def test_the_stored_type_is_said_to_old_and_new_readers(saved, tmp_path):
