@@ -37,7 +37,8 @@ def declare(values: flags.FlagValues, arguments: list[str]) -> list[str]:
         ),
         ("output", "", "JSON Lines file; by default the terminal."),
         ("allocation", "", "As in d2t4; by default data parallel over all devices."),
-        ("dtype", "", "float32 or bfloat16; by default bfloat16 on a GPU."),
+        ("dtype", "", "float32, bfloat16 or float16; by default bfloat16 on a GPU."),
+        ("family", "", "Module of a family of your own, by its dotted name."),
     ):
         flags.DEFINE_string(name, default, about, flag_values=values)
     for name, default, about in (
@@ -83,7 +84,10 @@ def main(values: flags.FlagValues) -> int:
     cli_flags.use_compilation_cache()
     cli_flags.use_cpu_devices(values.cpu_devices)
     model = model_lib.load(
-        values.model, values.allocation or None, values.dtype or None
+        values.model,
+        values.allocation or None,
+        values.dtype or None,
+        values.family or None,
     )
     prompts = _prompt_texts(found, model)
     console = Console(file=sys.stderr)

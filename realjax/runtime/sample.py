@@ -64,7 +64,7 @@ def sample(
         In order: the completions of the first prompt, then of the second, …
 
     Raises:
-        ValueError: a model with a scalar head, no prompts, an empty one, text without a
+        ValueError: a model with a scalar head or over stages, no prompts, an empty one, text without a
             tokenizer, an unknown option, or a prompt and completion longer than the
             model was made for.
     """
@@ -72,6 +72,11 @@ def sample(
         raise ValueError(
             "The model has a scalar head (a reward model or critic) and cannot sample. "
             "Load a language model."
+        )
+    if model.allocation.stage > 1:
+        raise ValueError(
+            f"The model lies on {model.allocation}, over stages, which would wait for "
+            "each other at every token. Load it with data, fsdp, tensor or expert."
         )
     sampling = to_dataclass(Sampling, options, path="sample")
     if completions_per_prompt < 1 or rows < 0:
@@ -82,11 +87,12 @@ def sample(
     ids = _prompt_ids(model, prompts)
     longest = max(map(len, ids))
     needed = longest + sampling.max_new_tokens
-    if needed > model.config.max_positions:
+    limit = model.config.longest_sequence(is_sampled=False)
+    if needed > limit:
         raise ValueError(
             f"The longest prompt has {longest} tokens; with {sampling.max_new_tokens} "
-            f"new ones that is {needed}, and the model was made for "
-            f"{model.config.max_positions}. Shorten prompts or lower max_new_tokens."
+            f"new ones that is {needed}, and the model was made for {limit}. Shorten "
+            "prompts or lower max_new_tokens."
         )
     total = len(ids) * completions_per_prompt
     shards = model.allocation.num_row_shards

@@ -200,5 +200,10 @@ def test_a_reward_model_does_not_sample(folder):
         draw(load(folder / "scalar", "d1"))
 
 
+def test_a_model_over_stages_does_not_sample(folder):
+    with pytest.raises(ValueError, match=r"over stages.*at every token"):
+        sample(load(folder, "s2t2"), TEXTS)
+
+
 def test_a_prompt_that_just_fits_is_sampled(model):
     assert draw(model, [[5] * 246])
