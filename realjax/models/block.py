@@ -16,7 +16,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from realjax.core.arrays import Array, Bool, Float, UInt
+from realjax.core.arrays import Array, Float, Int, UInt
 from realjax.models import rotary
 from realjax.models.attention import Attend, Attention
 from realjax.models.axes import RESIDUAL
@@ -105,7 +105,7 @@ class Block(nn.Module):
         x: Float[Array, "B T D"],
         rotation: rotary.Rotation | None,
         attend: Attend,
-        is_token: Bool[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
         noise_keys: UInt[Array, "B T W"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any, Routing | None]:
         """Add attention, then the feed-forward layer, to the residual stream.
@@ -140,7 +140,7 @@ class Block(nn.Module):
         normal, routing = norm("mlp_norm")(x), None
         if config.moe is not None:
             moe = MoE(config, name="moe", partition=self.partition, **shared)
-            update, routing = moe(normal, is_token, noise_keys)
+            update, routing = moe(normal, segment_ids, noise_keys)
         else:
             with jax.named_scope("mlp"):
                 mlp = FeedForward(config, name="mlp", constrain=constrain, **shared)

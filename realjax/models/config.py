@@ -30,9 +30,9 @@ class MoEConfig:
         jitter: in training the router's input is multiplied by uniform noise from
             1 - jitter to 1 + jitter.
         capacity_factor: an expert takes at most this many times its even share of a
-            packed row's tokens, the rest is dropped; 0 drops nothing.
+            sequence's tokens, the rest is dropped; 0 drops nothing.
         drop_policy: whom a full expert drops: "probs" the least probable, "position"
-            the last in the row.
+            the last in the sequence.
     """
 
     num_experts: int

@@ -56,14 +56,14 @@ class MoE(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        is_token: Bool[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
         noise_keys: UInt[Array, "B T W"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
         """Apply each token's experts.
 
         Args:
             x: tokens.
-            is_token: False on padding.
+            segment_ids: sequences of a row; 0 is padding.
             noise_keys: the data of a random key for each token of this layer; None
                 means no jitter.
         """
@@ -83,7 +83,7 @@ class MoE(nn.Module):
         )
         x = x.astype(self.dtype)
         with jax.named_scope("router"):
-            routing = route(_jittered(x, noise_keys, moe), router, moe, is_token)
+            routing = route(_jittered(x, noise_keys, moe), router, moe, segment_ids)
             routing = routing._replace(
                 probabilities=self.partition.constrain(routing.probabilities, ROUTER)
             )
@@ -96,7 +96,7 @@ def route(
     x: Float[Array, "B T D"],
     router: Float[Array, "D E"],
     moe: MoEConfig,
-    is_token: Bool[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
 ) -> Routing:
     """Choose the experts of every token.
 
@@ -109,10 +109,10 @@ def route(
     ).astype(jnp.float32)
     probabilities = jax.nn.softmax(logits, axis=-1)
     weights, chosen = jax.lax.top_k(probabilities, moe.top_k)
-    is_kept = jnp.broadcast_to(is_token[..., None], chosen.shape)
+    is_kept = jnp.broadcast_to(segment_ids[..., None] != 0, chosen.shape)
     if moe.capacity_factor:
         # By probability: normalised, the weight of an only choice is always 1.
-        is_kept &= _within_capacity(weights, chosen, is_token, moe)
+        is_kept &= _within_capacity(weights, chosen, segment_ids, moe)
     if moe.is_normalized:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     choice = Choice(
@@ -180,30 +180,31 @@ def _first_places(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def _within_capacity(
     probabilities: Float[Array, "B T k"],
     chosen: Int[Array, "B T k"],
-    is_token: Bool[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
     moe: MoEConfig,
 ) -> Bool[Array, "B T k"]:
-    """Return which pairs their experts have room for, row by row.
+    """Return which pairs their experts have room for, sequence by sequence.
 
-    A row of n tokens gives each expert room for ceil(capacity_factor k n / E) pairs.
-    Rows fill up alone, so that no other row, microbatch or device matters.
+    A sequence of n tokens gives each expert room for ceil(capacity_factor k n / E)
+    pairs. It fills that alone, so that no other sequence, row or device matters.
     """
     num_rows, num_places, top_k = chosen.shape
-    pairs = chosen.reshape(num_rows, -1)
-    counts = jnp.repeat(is_token, top_k, axis=1)
-    if moe.drop_policy == "probs":
-        rank = jnp.where(counts, -probabilities.reshape(num_rows, -1), jnp.inf)
-        order = jnp.argsort(rank, axis=1, stable=True)
-    else:
-        order = jnp.broadcast_to(jnp.arange(num_places * top_k), pairs.shape)
     take = lambda x, at: jnp.take_along_axis(x, at, axis=1)
-    hits = jax.nn.one_hot(take(pairs, order), moe.num_experts, dtype=jnp.int32)
-    hits = hits * take(counts, order)[..., None].astype(jnp.int32)
-    # Pairs of the same expert that come before, counted in the order of preference.
-    before = jnp.sum((jnp.cumsum(hits, axis=1) - hits) * hits, axis=-1)
-    before = take(before, jnp.argsort(order, axis=1))
-    room = jnp.asarray(_rooms(num_places, moe))[jnp.sum(is_token, axis=1)]
-    return (before < room[:, None]).reshape(chosen.shape)
+    first = _first_places(segment_ids)
+    # Pairs of one sequence and expert, in the order of preference.
+    group = (first[..., None] * moe.num_experts + chosen).reshape(num_rows, -1)
+    places = jnp.broadcast_to(jnp.arange(num_places * top_k), group.shape)
+    order = places
+    if moe.drop_policy == "probs":
+        order = jnp.argsort(-probabilities.reshape(num_rows, -1), axis=1, stable=True)
+    order = take(order, jnp.argsort(take(group, order), axis=1, stable=True))
+    sorted_group = take(group, order)
+    previous = jnp.pad(sorted_group[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    start = jax.lax.cummax(jnp.where(sorted_group != previous, places, 0), axis=1)
+    before = take(places - start, jnp.argsort(order, axis=1)).reshape(chosen.shape)
+    add = lambda at: jnp.zeros(num_places, jnp.int32).at[at].add(1)
+    num_tokens = take(jax.vmap(add)(first), first)
+    return before < jnp.asarray(_rooms(num_places, moe))[num_tokens][..., None]
 
 
 def _rooms(num_places: int, moe: MoEConfig) -> np.ndarray:

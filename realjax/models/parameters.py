@@ -146,8 +146,7 @@ def init_parameters(config: ModelConfig, key: Key[Array, ""]) -> PyTree:
         return query, None  # Initialisation only needs the shape.
 
     def layer(key: Array) -> PyTree:
-        is_token = jnp.ones((1, 1), bool)
-        return Block(config).init(key, token, turned, attend, is_token)["params"]
+        return Block(config).init(key, token, turned, attend, places)["params"]
 
     def normal(key: Array, *shape: int) -> Array:
         return INIT_DEVIATION * jax.random.normal(key, shape, jnp.float32)

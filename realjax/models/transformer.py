@@ -143,7 +143,7 @@ def run(
             x,
             block_lib.rotation(rows.rotations, traits),
             attend,
-            rows.segment_ids != 0,
+            rows.segment_ids,
             _fold_in(rows.noise_keys, traits.index),
         )
         sums = None
@@ -203,7 +203,7 @@ def extend(
     """
     block = Block(config, dtype, partition)
     slots = jnp.asarray(start, jnp.int32) + jnp.arange(tokens.shape[1])
-    is_token = slots[None, :] >= first_slot[:, None]
+    segment_ids = (slots[None, :] >= first_slot[:, None]).astype(jnp.int32)
     rotations = ()
     if config.positions == "rotary":
         # What is known of a sequence's length when its token is written.
@@ -222,17 +222,23 @@ def extend(
             written = Cache(*(partition.constrain(s, CACHE) for s in written))
             options = _attention_options(config, traits)
             if isinstance(start, int) and start == 0:
-                segments = is_token.astype(jnp.int32)
-                attended = attention(query, key, value, segment_ids=segments, **options)
+                attended = attention(
+                    query, key, value, segment_ids=segment_ids, **options
+                )
                 return attended, written
             keys, values = cache_lib.layer_of(written, traits.index)
             attended = cached_attention(
-                query, keys, values, start=start, first_slot=first_slot, **options
+                query,
+                keys,
+                values,
+                start=jnp.asarray(start),
+                first_slot=first_slot,
+                **options,
             )
             return attended, written
 
         turned = block_lib.rotation(rotations, traits)
-        x, cache, _ = _apply(block, weights, x, turned, attend, is_token)
+        x, cache, _ = _apply(block, weights, x, turned, attend, segment_ids)
         return (x, cache), None
 
     x = _embed(parameters, config, tokens, positions, dtype, partition)

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import pkgutil
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax
 from realjax.core.config import suggest, to_dataclass
 from realjax.data.datasets import DataConfig, Dataset, load_dataset
 from realjax.data.tokenizer import Tokenizer
-from realjax.dataflow.graph import DataflowGraph
+from realjax.dataflow.graph import DataflowGraph, ModelFunctionCall
 from realjax.dataflow.plan import ExecutionPlan, make_plan
 from realjax.dataflow.schedule import home_places
 from realjax.functions.function import Generate, Infer, Score, Train
@@ -421,6 +421,8 @@ def _make_role(
         )
     with _about(f"Role {name!r}"):
         model = role.router.applied(model)
+        if model.moe is not None and model.moe.capacity_factor:
+            _refuse_dropping(graph.of(name))
     if model.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"Role {name!r} has a vocabulary of {model.vocab_size} and its tokenizer "
@@ -436,6 +438,16 @@ def _make_role(
         dtype=role.dtype or ("bfloat16" if on_gpu else "float32"),
         is_trained=is_trained,
     )
+
+
+def _refuse_dropping(calls: Iterable[ModelFunctionCall]) -> None:
+    """Refuses to drop tokens in training that the sampler never drops."""
+    if any(isinstance(call.function, Generate) for call in calls):
+        raise ValueError(
+            "it generates, token by token, where no expert is ever full. With a "
+            "capacity_factor the trainer would drop tokens, and its log-probabilities "
+            "differ from the sampler's. Set router.capacity_factor to 0."
+        )
 
 
 def _needed_head(role: str, graph: DataflowGraph) -> Any:

@@ -64,9 +64,9 @@ def sample(
         In order: the completions of the first prompt, then of the second, …
 
     Raises:
-        ValueError: a model with a scalar head or over stages, no prompts, an empty one, text without a
-            tokenizer, an unknown option, or a prompt and completion longer than the
-            model was made for.
+        ValueError: a model with a scalar head or over stages, no prompts, an empty one,
+            text without a tokenizer, an unknown option, or a prompt and completion
+            longer than the model was made for.
     """
     if model.config.head != "language":
         raise ValueError(

@@ -16,15 +16,15 @@ SUMS = jax.jit(router_sums, static_argnums=2)
 JITTERED = jax.jit(_jittered, static_argnums=2)
 
 
-def routed(logits, is_token=None, **options):
+def routed(logits, segment_ids=None, **options):
     """The routing of tokens with given logits [B, T, E]: the router is the identity."""
     logits = jnp.asarray(logits, jnp.float32)
     num_experts = logits.shape[-1]
     moe = MoEConfig(num_experts=num_experts, **{"top_k": 1, **options})
-    if is_token is None:
-        is_token = np.ones(logits.shape[:2], bool)
+    if segment_ids is None:
+        segment_ids = np.ones(logits.shape[:2])
     identity = jnp.asarray(np.eye(num_experts), jnp.float32)
-    return ROUTE(logits, identity, moe, jnp.asarray(is_token)), moe
+    return ROUTE(logits, identity, moe, jnp.asarray(segment_ids, jnp.int32)), moe
 
 
 def experts_of(routing):
@@ -62,7 +62,7 @@ def test_of_equal_experts_the_first_is_chosen():
 
 
 def test_padding_goes_to_no_expert():
-    routing, _ = routed([[EIGHTHS, EIGHTHS]], is_token=[[True, False]], top_k=2)
+    routing, _ = routed([[EIGHTHS, EIGHTHS]], segment_ids=[[1, 0]], top_k=2)
     np.testing.assert_array_equal(routing.choice.experts, [[[2, 1], [3, 3]]])
     np.testing.assert_array_equal(np.asarray(routing.choice.weights)[0, 1], [0, 0])
 
@@ -71,7 +71,7 @@ def test_routing_is_float32_where_tokens_are_bfloat16():
     x = jnp.asarray(np.ones((1, 1, 4)), jnp.bfloat16)
     router = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3)), jnp.float32)
     moe = MoEConfig(num_experts=3, top_k=2)
-    routing = ROUTE(x, router, moe, jnp.asarray([[True]]))
+    routing = ROUTE(x, router, moe, jnp.asarray([[1]]))
     for leaf in (routing.probabilities, routing.choice.weights, routing.log_normalizer):
         assert leaf.dtype == jnp.float32
     assert np.asarray(routing.probabilities).sum() == pytest.approx(1, abs=1e-6)
@@ -116,27 +116,30 @@ def test_of_equally_probable_pairs_the_first_keep_their_expert():
 @pytest.mark.parametrize("policy", ["probs", "position"])
 def test_padding_takes_no_room_and_makes_none(policy):
     # Two tokens of five places: room for ceil(2 / 2) = 1.
-    is_token = np.array([[False, True, False, True, False]])
     routing, _ = routed(
-        logits_of([0.9, 0.6, 0.9, 0.8, 0.9]),
-        is_token,
+        logits_of([0.9, 0.6, 0.8, 0.9, 0.9]),
+        [[0, 1, 1, 0, 0]],
         capacity_factor=1.0,
         drop_policy=policy,
     )
-    kept = 3 if policy == "probs" else 1
+    kept = 2 if policy == "probs" else 1
     expected = np.where(np.arange(5) == kept, 0, 2)
     np.testing.assert_array_equal(experts_of(routing), expected)
 
 
-def test_rows_fill_their_experts_alone():
-    logits = logits_of([0.6, 0.9])
-    together, _ = routed(np.concatenate([logits, logits]), capacity_factor=1.0)
-    alone, _ = routed(logits, capacity_factor=1.0)
-    for row in (0, 1):
-        np.testing.assert_array_equal(
-            np.asarray(together.choice.experts)[row],
-            np.asarray(alone.choice.experts)[0],
-        )
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_sequences_fill_their_experts_alone_wherever_they_lie(policy):
+    # Of 4 tokens 2 are kept and of 2 tokens 1: in one row, or in two.
+    first, second = [0.6, 0.9, 0.7, 0.8], [0.95, 0.85]
+    options = {"capacity_factor": 1.0, "drop_policy": policy}
+    packed, _ = routed(logits_of(second + first), [[1, 1, 2, 2, 2, 2]], **options)
+    alone, _ = routed(logits_of(first), **options)
+    other, _ = routed(logits_of(second), **options)
+    found = experts_of(packed)
+    np.testing.assert_array_equal(found[2:], experts_of(alone))
+    np.testing.assert_array_equal(found[:2], experts_of(other))
+    np.testing.assert_array_equal(found == 0, found != 2)
+    assert (found == 0).sum() == 3
 
 
 def test_room_is_not_rounded_up_by_the_error_of_a_product():
@@ -226,7 +229,7 @@ def test_gradients_of_both_losses_are_their_differences_in_float64(index):
     @jax.grad
     def gradient(router):
         ids_ = jnp.asarray(ids, jnp.int32)
-        routing = route(jnp.asarray(x[None], jnp.float32), router, moe, ids_ != 0)
+        routing = route(jnp.asarray(x[None], jnp.float32), router, moe, ids_)
         return router_sums(routing, ids_, moe)[index]
 
     found = gradient(jnp.asarray(router, jnp.float32))

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from realjax.models import hf
-from realjax.testing import tiny_model
+from realjax.testing import TINY, tiny_model
 from tests.runtime.small_world import (
     VOCAB_SIZE,
     make_world,
@@ -327,6 +327,17 @@ def test_a_router_of_a_model_without_experts_is_refused(world, tmp_path):
     found = refusal(config, tmp_path / "run")
     assert "Role 'policy'" in found
     assert "has no experts" in found
+
+
+def test_a_policy_does_not_train_without_the_tokens_it_sampled_with(world, tmp_path):
+    config = ppo_config(world)
+    config.roles.policy.path = ""
+    config.roles.policy.tokenizer = str(world / "policy")
+    experts = {"num_experts": 4, "top_k": 2, "capacity_factor": 1.25}
+    config.roles.policy.model = TINY | {"moe": experts}
+    found = refusal(config, tmp_path / "run")
+    assert "Role 'policy': it generates" in found
+    assert "Set router.capacity_factor to 0" in found
 
 
 def test_completions_per_prompt_count_among_the_minibatches(world, tmp_path):

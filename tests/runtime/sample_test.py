@@ -202,7 +202,7 @@ def test_a_reward_model_does_not_sample(folder):
 
 def test_a_model_over_stages_does_not_sample(folder):
     with pytest.raises(ValueError, match=r"over stages.*at every token"):
-        sample(load(folder, "s2t2"), TEXTS)
+        sample(load(folder / "language", "s2t2"), TEXTS)
 
 
 def test_a_prompt_that_just_fits_is_sampled(model):
