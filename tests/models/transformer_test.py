@@ -243,10 +243,13 @@ def test_prompts_then_single_tokens_are_as_the_whole_rows(parameters):
     assert not state.keys[:, :, :, 9:].any()
 
 
-ALLOCATIONS = ("f4", "d2t2", "t4", "d2f2t2")
-
-
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize(
+    "allocation",
+    [
+        "d2f2t2",
+        *(pytest.param(text, marks=pytest.mark.slow) for text in ("f4", "d2t2", "t4")),
+    ],
+)
 def test_sharded_gradients_are_those_of_one_device(parameters, allocation):
     mesh = make_mesh(Allocation.parse(allocation))
     shardings = parameter_shardings(abstract_parameters(CONFIG), mesh)

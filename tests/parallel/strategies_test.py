@@ -20,7 +20,7 @@ from realjax.algorithms import sft
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.train import TrainProgram
 from realjax.models.transformer import abstract_parameters
-from realjax.parallel import Allocation, padded_for
+from realjax.parallel import Allocation, padded_for, replicated
 from realjax.testing import tiny_batch
 from tests.functions.plain import (
     batch_on,
@@ -92,9 +92,14 @@ class Program:
         parameters = parameters_on(text, self.config, parameters)
         self.state = self.program.init_optimizer(parameters)
         packing = vars(microbatches(1)[0])
-        sums = self.program._zeros(parameters, self.batch, packing)
-        self.zeros = jax.device_get(sums)
-        self.shardings = jax.tree.map(lambda leaf: leaf.sharding, sums)
+        whole = replicated(mesh_of(text))
+        abstract = jax.tree.map(abstract_of, parameters), means_of(config)
+        self.zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), abstract)
+        self.shardings = (
+            self.program._cut,
+            jax.tree.map(lambda _: whole, abstract[1]),
+        )
+        sums = jax.device_put(self.zeros, self.shardings)
         self.accumulate = self.program._accumulate.lower(
             parameters, sums, self.batch, packing, self.router(1)
         ).compile()
@@ -117,12 +122,25 @@ class Program:
     def step(self, count):
         sums = self.sums(count)
         gradients = unpadded(self.config, sums[0])
-        state = jax.tree.map(lambda leaf: leaf + 0, self.state)  # It is consumed.
-        state = jax.device_put(state, self.program.shardings)
+        # It is consumed. (Copies on the devices would be a program for every leaf.)
+        state = jax.device_put(jax.device_get(self.state), self.program.shardings)
         new, report = self.apply(state, sums)
         assert float(report["skipped"].value()) == 0
         loss = float(report["loss"].value())
         return Step(loss, gradients, unpadded(self.config, new.parameters))
+
+
+def abstract_of(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+@functools.cache
+def means_of(config):
+    """Shapes of what is summed beside the gradients: the same on every mesh."""
+    program = TrainProgram(SPEC, model_on("d1", config), mesh_of("d1"), OPTIMIZER, 10)
+    packing, batch = vars(microbatches(1)[0]), batch_on("d1", ARRAYS)
+    parameters = jax.tree.map(abstract_of, sharp_parameters(config))
+    return jax.eval_shape(program._zeros, parameters, batch, packing)[1]
 
 
 @functools.cache
