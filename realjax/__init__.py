@@ -14,7 +14,7 @@ A reading order for one PPO step:
 
 The Python API:
 
-    load(folder, allocation=None, dtype=None)    a model on a mesh
+    load(folder, allocation=None, …)             a model on a mesh
     sample(model, prompts, **options)            completions
     train(config, workdir)                       a run
     plan(config, cluster=None)                   the execution plan it would have
