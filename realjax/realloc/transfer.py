@@ -184,7 +184,10 @@ def _upload(
     """Put host arrays on devices; later writes to them do not show."""
     if traffic is not None:
         traffic.uploaded_bytes += sum(array.nbytes for array in arrays)
-    return jax.device_put(list(arrays), list(shardings), may_alias=False)
+    # A CPU device takes a buffer that begins at a multiple of 64 bytes for its own,
+    # `may_alias=False` or not: it gets one that nobody else has.
+    copies = [np.array(array) for array in arrays]
+    return jax.device_put(copies, list(shardings), may_alias=False)
 
 
 def _destinations(shardings: PyTree, tree: PyTree) -> list[Sharding]:

@@ -399,8 +399,13 @@ def test_a_batch_needs_a_sharding_for_every_key():
         move_batch({"scores": np.ones(2)}, {"tokens": sharding("d2")})
 
 
-def test_an_uploaded_array_does_not_see_later_writes():
-    values = np.arange(1024, dtype=np.float32)
+@pytest.mark.parametrize("offset", [0, 4])
+def test_an_uploaded_array_does_not_see_later_writes(offset):
+    # Where a buffer begins decides whether JAX would use it as it is.
+    memory = np.empty(4096 + 128, np.uint8)
+    first = -memory.ctypes.data % 64 + offset
+    values = memory[first : first + 4096].view(np.float32)
+    values[:] = np.arange(1024)
     moved = move_array(values, sharding("d1@0"))
     values[:] = -1
     np.testing.assert_array_equal(moved, np.arange(1024))
