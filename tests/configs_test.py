@@ -26,7 +26,14 @@ def trained_roles(config):
     }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# The one that is only compiled runs, as `:debug`, what ppo.py runs.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n.startswith("compile_") else ())
+        for n in CONFIGS
+    ],
+)
 def test_the_debug_form_of_a_config_needs_nothing_and_leaves_a_run(
     name, tmp_path, monkeypatch
 ):
