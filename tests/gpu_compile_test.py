@@ -31,6 +31,7 @@ BUDGETS = {
     # Of 64k tokens by 128k columns, and its part in the 8B step on eight devices.
     "head in the f8 step": 0.25 * GIB,
     "head d1": 1.0 * GIB,
+    "attention d1": 1.0 * GIB,
     "head f8": 0.25 * GIB,
     "head t8": 0.25 * GIB,
 }
@@ -142,3 +143,8 @@ def test_decoding_updates_the_cache_in_place():
 @pytest.mark.parametrize(("strategy", "num_rows"), [("d1", 16), ("f8", 32), ("t8", 4)])
 def test_head_adds_little_beyond_inputs_and_gradients(strategy, num_rows):
     check(f"head {strategy}", run("tests/compile_head.py", strategy, str(num_rows)))
+
+
+def test_attention_over_32k_tokens_holds_no_scores():
+    found = run("tests/compile_attention.py")
+    assert found["temporary_bytes"] <= BUDGETS["attention d1"]
