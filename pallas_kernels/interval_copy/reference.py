@@ -1,0 +1,53 @@
+"""The definition of pack and unpack in NumPy, element by element. For tests."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.interval_copy.blocks import Block
+
+
+def pack(arrays: Sequence[np.ndarray], blocks: Sequence[Block], dtype: Any) -> Any:
+    """Copy blocks of arrays into one buffer."""
+    if len(blocks) == 1:
+        return _block(arrays, blocks[0]).astype(dtype)
+    return np.concatenate(
+        [_block(arrays, block).astype(dtype).reshape(-1) for block in blocks]
+    )
+
+
+def unpack(
+    inputs: Sequence[np.ndarray],
+    blocks: Sequence[Block],
+    places: Sequence[tuple[int, ...]],
+    *,
+    shape: tuple[int, ...],
+    dtype: Any,
+    into: np.ndarray | None = None,
+    eta: float | None = None,
+) -> np.ndarray:
+    """Copy, or mix in float32, blocks to their places in an array."""
+    out = np.zeros(shape, dtype) if into is None else np.array(into)
+    for block, place in zip(blocks, places, strict=True):
+        values = _block(inputs, block)
+        for index in np.ndindex(*block.size):
+            at = tuple(low + step for low, step in zip(place, index, strict=True))
+            new = values[index].astype(dtype)
+            if eta is not None:
+                weight = np.float32(eta)
+                old = out[at].astype(np.float32)
+                new = weight * values[index].astype(np.float32) + (1 - weight) * old
+            out[at] = new
+    return out
+
+
+def _block(arrays: Sequence[np.ndarray], block: Block) -> np.ndarray:
+    array = np.asarray(arrays[block.input])
+    if block.offset is not None:
+        stop = block.offset + math.prod(block.size)
+        return array[block.offset : stop].reshape(block.size)
+    start = map(int, block.start or (0,) * len(block.size))
+    corner = zip(start, block.size, strict=True)
+    return array[tuple(slice(low, low + size) for low, size in corner)]
