@@ -1,14 +1,17 @@
 """Reallocation: parameters and batches between allocations, never through the host.
 
-Read `routes` first (what moves where, without devices), then `transfer` (which moves
-it), `pieces` (the route that slices and assembles) and `offload` (host memory).
+Read `routes` first (what moves where, without devices; `layouts`, `hosts` and `hops` are
+its nouns), then `transfer` (which moves it), `pieces` (the route that slices and
+assembles) and `offload` (host memory).
 """
 
+from realjax.realloc.hosts import Hosts
 from realjax.realloc.offload import is_on_host, live_bytes, to_device, to_host
 from realjax.realloc.routes import Layout, Route, route
 from realjax.realloc.transfer import Traffic, move_array, move_batch, reallocate
 
 __all__ = [
+    "Hosts",
     "Layout",
     "Route",
     "Traffic",

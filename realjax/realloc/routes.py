@@ -1,7 +1,6 @@
 """Routes: what moves where in one reallocation. No arrays and no devices here.
 
-A layout cuts each dimension of an array into equal parts, and a tile is one part in
-every dimension. The route between two layouts is an interval sweep per dimension:
+The route between two layouts is an interval sweep per dimension:
 
     source        |     0     |     1     |     2     |        3 parts
     destination   |        0        |        1        |        2 parts
@@ -10,8 +9,11 @@ every dimension. The route between two layouts is an interval sweep per dimensio
 The pieces of an array are the product of those of its dimensions, so their number
 depends on the two layouts and not on the number of layers or the size of the array.
 Each piece then goes from a device that holds its source tile to every device that
-needs its destination tile: from the device itself where it can, else from the holders
-in equal shares.
+needs its destination tile: from the device itself where it can, else from a holder on
+its host, else across hosts, once a host (`hops`).
+
+Totals are counted over tiles and hosts; a route between thousands of devices is priced
+without listing its hops.
 """
 
 import dataclasses
@@ -21,10 +23,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jax.sharding import NamedSharding, Sharding
 
-Box = tuple[tuple[int, int], ...]
-"""A block of an array: (start, stop) of every dimension."""
+from realjax.realloc.grouping import sum_by
+from realjax.realloc.hops import (
+    ACROSS,
+    PHASES,
+    WITHIN,
+    Copies,
+    Hops,
+    Loads,
+    Meeting,
+    Phase,
+    choose_hops,
+    share_loads,
+)
+from realjax.realloc.hosts import Hosts
+from realjax.realloc.layouts import Box, Layout
 
 Kind = Literal["none", "jit", "put", "slice"]
 
@@ -43,116 +57,16 @@ devices, d2f2t2 to t8 among them, with 6 times the memory of a shard); pieces ne
 """
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How an array lies on devices: a sharding as plain numbers.
-
-    Attributes:
-        devices: Device ids in mesh order, the last mesh axis fastest.
-        mesh_shape: Size of every mesh axis.
-        spec: For each leading dimension, the mesh axes that cut it, major first.
-    """
-
-    devices: tuple[int, ...]
-    mesh_shape: tuple[int, ...]
-    spec: tuple[tuple[int, ...], ...] = ()
-
-    def __post_init__(self) -> None:
-        """Check that the mesh counts its devices."""
-        if math.prod(self.mesh_shape) != len(self.devices):
-            raise ValueError(
-                f"A mesh of shape {self.mesh_shape} has {math.prod(self.mesh_shape)}"
-                f" places and {len(self.devices)} devices. Name one device per place."
-            )
-
-    @classmethod
-    def of(cls, sharding: Sharding) -> "Layout":
-        """Read a layout off a sharding.
-
-        Raises:
-            TypeError: a sharding over several devices that is no `NamedSharding`.
-        """
-        return _layout_of(sharding)
-
-    def tiles(self, shape: Sequence[int]) -> tuple[tuple[int, ...], np.ndarray]:
-        """Return the parts of every dimension, and the tile of every device.
-
-        Args:
-            shape: Of the array.
-
-        Returns:
-            The number of parts per dimension, and integers [devices, dimensions] that
-            say which part each device holds.
-
-        Raises:
-            ValueError: a dimension that its parts do not divide.
-        """
-        if len(self.spec) > len(shape):
-            raise ValueError(
-                f"The spec {self.spec} names {len(self.spec)} dimensions and the array"
-                f" has shape {tuple(shape)}. Give a sharding of at most its rank."
-            )
-        coordinates = np.indices(self.mesh_shape).reshape(len(self.mesh_shape), -1)
-        tiles = np.zeros((len(self.devices), len(shape)), np.int64)
-        parts = [1] * len(shape)
-        for dimension, axes in enumerate(self.spec):
-            for axis in axes:
-                parts[dimension] *= self.mesh_shape[axis]
-                tiles[:, dimension] *= self.mesh_shape[axis]
-                tiles[:, dimension] += coordinates[axis]
-        for size, count in zip(shape, parts, strict=True):
-            if size % count:
-                raise ValueError(
-                    f"An array of shape {tuple(shape)} does not divide into"
-                    f" {'×'.join(map(str, parts))} parts. Choose a sharding whose parts"
-                    " are equal, or pad the array."
-                )
-        return tuple(parts), tiles
-
-    def boxes(self, shape: Sequence[int]) -> dict[int, Box]:
-        """Return the block that each device holds."""
-        parts, tiles = self.tiles(shape)
-        sizes = [size // count for size, count in zip(shape, parts, strict=True)]
-        return {
-            device: tuple(
-                (index * size, (index + 1) * size)
-                for index, size in zip(tile, sizes, strict=True)
-            )
-            for device, tile in zip(self.devices, tiles.tolist(), strict=True)
-        }
-
-
-@functools.lru_cache(maxsize=8192)
-def _layout_of(sharding: Sharding) -> Layout:
-    if sharding.num_devices == 1:
-        (device,) = sharding.device_set
-        return Layout(devices=(device.id,), mesh_shape=(1,))
-    if not isinstance(sharding, NamedSharding):
-        raise TypeError(
-            f"Found an array with sharding {sharding}. Arrays on several devices need a"
-            " NamedSharding: give its producer explicit out_shardings."
-        )
-    axes = {name: index for index, name in enumerate(sharding.mesh.axis_names)}
-    spec = []
-    for entry in sharding.spec:
-        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
-        spec.append(tuple(axes[name] for name in names))
-    return Layout(
-        devices=tuple(device.id for device in np.asarray(sharding.mesh.devices).flat),
-        mesh_shape=tuple(sharding.mesh.axis_sizes),
-        spec=tuple(spec),
-    )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Route:
     """The pieces of one array on their way from one layout to another.
 
-    Totals are counted over pieces and tiles, which are few; `moves`, the pieces device
-    by device, are worked out when first asked for.
-
     Attributes:
-        kind: Which way the array goes.
+        source: Where the array lies.
+        destination: Where it shall lie.
+        shape: Of the whole array.
+        hosts: The hosts of the devices; None takes all for neighbours.
+        is_same_cut: Every place of the two meshes holds the same tile.
         boxes: The pieces, integers [pieces, dimensions, 2]: start and stop.
         piece_bytes: The bytes of every piece.
         source_tiles: The source tile of every piece.
@@ -161,7 +75,11 @@ class Route:
         destination_holders: Device ids [destination tiles, copies].
     """
 
-    kind: Kind
+    source: Layout
+    destination: Layout
+    shape: tuple[int, ...]
+    hosts: Hosts | None
+    is_same_cut: bool
     boxes: np.ndarray
     piece_bytes: np.ndarray
     source_tiles: np.ndarray
@@ -169,94 +87,192 @@ class Route:
     source_holders: np.ndarray
     destination_holders: np.ndarray
 
+    @functools.cached_property
+    def kind(self) -> Kind:
+        """Which way the array goes."""
+        if self.source.devices == self.destination.devices:
+            if self.is_same_cut:
+                return "none"
+            return "jit" if self._is_direct else "slice"
+        # Where devices overlap, a native copy may share buffers with its source.
+        is_disjoint = set(self.source.devices).isdisjoint(self.destination.devices)
+        return "put" if self.is_same_cut and is_disjoint else "slice"
+
+    @property
+    def total_bytes(self) -> int:
+        """The bytes of the whole array."""
+        return int(self.piece_bytes.sum())
+
     @property
     def bytes_moved(self) -> int:
         """The bytes that cross from one device to another: the least that can."""
-        return int((self._remote_copies * self.piece_bytes).sum())
+        return sum(self.phase_bytes.values()) - self.phase_bytes["on_device"]
+
+    @functools.cached_property
+    def phase_bytes(self) -> dict[Phase, int]:
+        """The bytes of all hops, by what they pass.
+
+        Those across hosts are the least that can: `least_across_bytes`.
+        """
+        needed = self.total_bytes * self.destination_holders.shape[1]
+        local = int(self._meeting.local_bytes.sum())
+        crossings = self._meeting.num_crossings
+        across = int((crossings * self.piece_bytes).sum())
+        return {
+            "on_device": local,
+            "across": across,
+            "within": needed - local - across,
+        }
+
+    @functools.cached_property
+    def least_across_bytes(self) -> int:
+        """A lower bound: what the hosts need and have not, counted by host."""
+        destinations = self._meeting.destinations
+        pieces, _, _ = self._meeting.on_host
+        tile_bytes = self.total_bytes // len(self.destination_holders)
+        needed = len(destinations.starts) * tile_bytes
+        return needed - int(self.piece_bytes[pieces].sum())
+
+    @functools.cached_property
+    def loads(self) -> Loads:
+        """What every device sends and receives, in equal shares."""
+        return share_loads(self._meeting)
 
     @property
     def max_sent_bytes(self) -> int:
         """The most that one device sends, when the copies of a tile share the work."""
-        per_tile = _sum_by(
-            self.source_tiles,
-            self._remote_copies * self.piece_bytes,
-            len(self.source_holders),
-        )
-        return -(-int(per_tile.max(initial=0)) // self.source_holders.shape[1])
+        return int(self.loads.sent.max(initial=0))
 
     @property
     def max_received_bytes(self) -> int:
         """The most that one device receives."""
-        tile_bytes = int(self.piece_bytes.sum()) // len(self.destination_holders)
-        return int((tile_bytes - self._local_bytes).max(initial=0))
+        return int(self.loads.received.max(initial=0))
+
+    @functools.cached_property
+    def hops(self) -> Hops:
+        """Every piece on its way to every device that needs it; worked out once."""
+        return choose_hops(self._meeting)
+
+    @property
+    def device_moves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The hops as three arrays: source device, destination device, piece."""
+        return self.hops.sources, self.hops.destinations, self.hops.pieces
 
     @property
     def moves(self) -> Iterator[tuple[int, int, Box]]:
         """Every piece, as (source device, destination device, box).
 
-        Pieces that stay on their device are among them.
+        Pieces that stay on their device are among them. With hosts, a source may be a
+        relay, which has its piece only once that has arrived: see `hops`.
         """
-        boxes = [tuple(map(tuple, box)) for box in self.boxes.tolist()]
         sources, destinations, pieces = self.device_moves
         return zip(
             sources.tolist(),
             destinations.tolist(),
-            (boxes[piece] for piece in pieces.tolist()),
+            (self.box(piece) for piece in pieces.tolist()),
             strict=True,
         )
 
-    @functools.cached_property
-    def device_moves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The moves as three arrays: source device, destination device, piece."""
-        copies = self.destination_holders.shape[1]
-        pieces = np.repeat(np.arange(len(self.boxes)), copies)
-        destinations = self.destination_holders[self.destination_tiles].reshape(-1)
-        tiles = self.source_tiles[pieces]
-        held = _lookup(self.source_holders.reshape(-1), destinations)
-        is_local = (held >= 0) & (held // self.source_holders.shape[1] == tiles)
-        sources = destinations.copy()
+    def box(self, piece: int) -> Box:
+        """Return the block of the whole array that a piece is."""
+        return self._boxes[piece]
 
-        # What has to travel, source tile by source tile, is dealt to the holders of
-        # the tile by its place in the running sum of bytes: equal shares, to a piece.
-        remote = np.flatnonzero(~is_local)
-        remote = remote[np.argsort(tiles[remote], kind="stable")]
-        tiles, sizes = tiles[remote], self.piece_bytes[pieces[remote]]
-        totals = _sum_by(tiles, sizes, len(self.source_holders))
-        before = np.cumsum(sizes) - sizes - (np.cumsum(totals) - totals)[tiles]
-        holder = before * self.source_holders.shape[1] // np.maximum(totals[tiles], 1)
-        sources[remote] = self.source_holders[tiles, holder]
-        return sources, destinations, pieces
+    def link_bytes(
+        self, phase: Phase | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Add up the bytes of every link between two devices.
 
-    @functools.cached_property
-    def _local_pieces(self) -> np.ndarray:
-        """For every destination place, the piece its device has already, or -1."""
-        copies = self.destination_holders.shape[1]
-        held = _lookup(
-            self.source_holders.reshape(-1), self.destination_holders.reshape(-1)
-        )
-        tiles = np.where(held < 0, -1, held // self.source_holders.shape[1])
-        wanted = np.arange(self.destination_holders.size) // copies
-        width = len(self.destination_holders)
-        keys = self.source_tiles * width + self.destination_tiles
-        return _lookup(keys, np.where(tiles < 0, -1, tiles * width + wanted))
+        Args:
+            phase: "across" or "within"; None takes both.
+
+        Returns:
+            Parallel arrays, sorted: source device, destination device, bytes.
+        """
+        found = self.hops
+        wanted = (ACROSS, WITHIN) if phase is None else (PHASES.index(phase),)
+        found = found.where(np.isin(found.phases, wanted))
+        sizes = self.piece_bytes[found.pieces]
+        return _sum_pairs(found.sources, found.destinations, sizes)
+
+    def host_bytes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Add up the bytes between every two hosts, and of each within itself.
+
+        Returns:
+            Parallel arrays, sorted: source host, destination host, bytes.
+        """
+        sources, destinations, sizes = self.link_bytes()
+        return _sum_pairs(self._host_of(sources), self._host_of(destinations), sizes)
+
+    def peak_bytes(
+        self, chunk_bytes: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Count the memory of every device while the array moves.
+
+        That is what it held and what it will hold, and the pieces in flight: cut to be
+        sent, and arrived but not joined. An array may be moved in chunks; then only
+        those of one chunk are in flight.
+
+        Args:
+            chunk_bytes: Bytes of the whole array that are moved at a time; None moves
+                it at once.
+
+        Returns:
+            Device ids, rising, and the bytes on each.
+        """
+        devices = self.loads.devices
+        flying = self.loads.sent + self.loads.received
+        if chunk_bytes is not None and chunk_bytes < self.total_bytes:
+            flying = -(-flying * chunk_bytes // self.total_bytes)
+        held = np.isin(devices, self.source_holders)
+        wanted = np.isin(devices, self.destination_holders)
+        source_bytes = self.total_bytes // len(self.source_holders)
+        destination_bytes = self.total_bytes // len(self.destination_holders)
+        return devices, held * source_bytes + wanted * destination_bytes + flying
 
     @property
-    def _local_bytes(self) -> np.ndarray:
-        """For every destination place, the bytes its device has already."""
-        # Place -1 reads the zero at the end.
-        return np.append(self.piece_bytes, 0)[self._local_pieces]
+    def _is_direct(self) -> bool:
+        """Tell whether the compiler does it without whole arrays on the way."""
+        local = self._meeting.local_bytes
+        num_source = len(self.source_holders)
+        num_destination = len(self.destination_holders)
+        return bool(
+            # Every device has all it needs: slices.
+            (local == self.total_bytes // num_destination).all()
+            # Every device keeps all it has: gathers.
+            or (local == self.total_bytes // num_source).all()
+            # No tile has a copy: all-to-alls and permutations.
+            or num_source == num_destination == self.source_holders.size
+        )
+
+    def _host_of(self, devices: np.ndarray) -> np.ndarray:
+        if self.hosts is None:
+            return np.zeros_like(devices)
+        return self.hosts.of_devices(devices)
 
     @functools.cached_property
-    def _remote_copies(self) -> np.ndarray:
-        """For every piece, the devices that need it and do not have it."""
-        local = self._local_pieces
-        has = np.bincount(local[local >= 0], minlength=len(self.boxes))
-        return self.destination_holders.shape[1] - has
+    def _boxes(self) -> list[Box]:
+        return [tuple(map(tuple, box)) for box in self.boxes.tolist()]
+
+    @functools.cached_property
+    def _meeting(self) -> Meeting:
+        return Meeting(
+            piece_bytes=self.piece_bytes,
+            source_tiles=self.source_tiles,
+            destination_tiles=self.destination_tiles,
+            sources=Copies.of(self.source_holders, self._host_of(self.source_holders)),
+            destinations=Copies.of(
+                self.destination_holders, self._host_of(self.destination_holders)
+            ),
+        )
 
 
 @functools.lru_cache(maxsize=8192)
 def route(
-    source: Layout, destination: Layout, shape: tuple[int, ...], dtype: Any
+    source: Layout,
+    destination: Layout,
+    shape: tuple[int, ...],
+    dtype: Any,
+    hosts: Hosts | None = None,
 ) -> Route:
     """Work out the route of one class of arrays, equal in shape, type and layouts.
 
@@ -265,9 +281,11 @@ def route(
         destination: Where it shall lie.
         shape: Of the whole array.
         dtype: Its type on the way.
+        hosts: Which devices share a host; None takes all for neighbours.
 
     Raises:
-        ValueError: a layout that does not divide the shape into equal parts.
+        ValueError: a layout that does not divide the shape into equal parts, or a
+            device whose host is not known.
     """
     source_parts, source_tiles = source.tiles(shape)
     destination_parts, destination_tiles = destination.tiles(shape)
@@ -284,8 +302,12 @@ def route(
         boxes[:, dimension] = sweep[chosen[dimension], :2]
         tiles[:, dimension] = sweep[chosen[dimension], 2:].T
     elements = np.prod(boxes[..., 1] - boxes[..., 0], axis=1, dtype=np.int64)
-    found = Route(
-        kind="slice",
+    return Route(
+        source=source,
+        destination=destination,
+        shape=tuple(shape),
+        hosts=hosts,
+        is_same_cut=np.array_equal(source_tiles, destination_tiles),
         boxes=boxes,
         piece_bytes=elements * np.dtype(dtype).itemsize,
         source_tiles=_flat_tiles(tiles[0], source_parts),
@@ -293,39 +315,15 @@ def route(
         source_holders=_holders(source, source_tiles, source_parts),
         destination_holders=_holders(destination, destination_tiles, destination_parts),
     )
-    is_same_cut = np.array_equal(source_tiles, destination_tiles)
-    kind = _kind(source, destination, is_same_cut, found)
-    return dataclasses.replace(found, kind=kind)
 
 
-def _kind(
-    source: Layout, destination: Layout, is_same_cut: bool, pieces: Route
-) -> Kind:
-    if source.devices == destination.devices:
-        if is_same_cut:
-            return "none"
-        return "jit" if _is_direct(pieces) else "slice"
-    # Where devices overlap, a native copy may share buffers with its source.
-    is_disjoint = set(source.devices).isdisjoint(destination.devices)
-    return "put" if is_same_cut and is_disjoint else "slice"
-
-
-def _is_direct(pieces: Route) -> bool:
-    """Tell whether the compiler does it without building whole arrays on the way."""
-    total = int(pieces.piece_bytes.sum())
-    local = pieces._local_bytes
-    num_source, num_destination = (
-        len(pieces.source_holders),
-        len(pieces.destination_holders),
-    )
-    return bool(
-        # Every device has all it needs: slices.
-        (local == total // num_destination).all()
-        # Every device keeps all it has: gathers.
-        or (local == total // num_source).all()
-        # No tile has a copy: all-to-alls and permutations.
-        or num_source == num_destination == pieces.source_holders.size
-    )
+def _sum_pairs(
+    firsts: np.ndarray, seconds: np.ndarray, sizes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Add up sizes by pair of numbers, sorted by pair."""
+    width = int(seconds.max(initial=0)) + 1
+    pairs, groups = np.unique(firsts * width + seconds, return_inverse=True)
+    return pairs // width, pairs % width, sum_by(groups, sizes, len(pairs))
 
 
 def _sweep(size: int, source_parts: int, destination_parts: int) -> np.ndarray:
@@ -359,20 +357,3 @@ def _holders(layout: Layout, tiles: np.ndarray, parts: Sequence[int]) -> np.ndar
     """Return the devices that hold each tile, [tiles, copies], in mesh order."""
     order = np.argsort(_flat_tiles(tiles.T, parts), kind="stable")
     return np.asarray(layout.devices, np.int64)[order].reshape(math.prod(parts), -1)
-
-
-def _sum_by(groups: np.ndarray, values: np.ndarray, num_groups: int) -> np.ndarray:
-    """Add up integers by group, exactly (bincount's weights are floats)."""
-    sums = np.zeros(num_groups, np.int64)
-    np.add.at(sums, groups, values)
-    return sums
-
-
-def _lookup(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return where each wanted value stands in the distinct keys, or -1."""
-    if not len(keys):
-        return np.full(len(wanted), -1)
-    order = np.argsort(keys, kind="stable")
-    place = np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)
-    found = order[place]
-    return np.where(keys[found] == wanted, found, -1)
