@@ -11,10 +11,11 @@ through host memory, and all of which give the same bits:
 `jax.device_put` alone would do the last, and most of the second, through the host.
 
 Results share no buffer with their sources unless `alias=True` says they may, so a
-train step can donate the parameters that a generator was given.
+train step can donate the parameters that a generator was given. `plans` sorts the
+arrays of a tree by route and keeps what it found out; `mixing` averages on the way.
 """
 
-import dataclasses
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,62 +26,9 @@ import numpy as np
 from jax.sharding import Sharding
 
 from realjax.core.arrays import Array, PyTree
-from realjax.realloc.pieces import Request, slice_and_join
-from realjax.realloc.routes import KINDS, Kind
-
-CHUNK_BYTES = 256 << 20
-"""How much is on its way at once: pieces of a chunk live beside its arrays."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class Traffic:
-    """Counts what reallocations moved.
-
-    Attributes:
-        leaves: Arrays, by kind of route.
-        bytes: Their bytes (whole arrays, in the type they travel in), by kind.
-        sent_bytes: Bytes that went from device to device by put and slice.
-        collective_bytes: Bytes that the collectives of jit had to move at least.
-        uploaded_bytes: Bytes of host arrays that were put on devices.
-    """
-
-    leaves: dict[Kind, int] = dataclasses.field(
-        default_factory=lambda: dict.fromkeys(KINDS, 0)
-    )
-    bytes: dict[Kind, int] = dataclasses.field(
-        default_factory=lambda: dict.fromkeys(KINDS, 0)
-    )
-    sent_bytes: int = 0
-    collective_bytes: int = 0
-    uploaded_bytes: int = 0
-
-    def merge(self, other: "Traffic") -> None:
-        """Add another's counts to these."""
-        for kind in KINDS:
-            self.leaves[kind] += other.leaves[kind]
-            self.bytes[kind] += other.bytes[kind]
-        self.sent_bytes += other.sent_bytes
-        self.collective_bytes += other.collective_bytes
-        self.uploaded_bytes += other.uploaded_bytes
-
-    def as_dict(self, prefix: str = "realloc/") -> dict[str, int]:
-        """Return the counts as metrics, as in `realloc/bytes_slice`."""
-        return {
-            **{f"{prefix}leaves_{kind}": self.leaves[kind] for kind in KINDS},
-            **{f"{prefix}bytes_{kind}": self.bytes[kind] for kind in KINDS},
-            f"{prefix}sent_bytes": self.sent_bytes,
-            f"{prefix}collective_bytes": self.collective_bytes,
-            f"{prefix}uploaded_bytes": self.uploaded_bytes,
-        }
-
-    def _count(self, request: Request) -> None:
-        kind = request.route.kind
-        self.leaves[kind] += 1
-        self.bytes[kind] += request.wire_bytes
-        if kind == "jit":
-            self.collective_bytes += request.route.bytes_moved
-        else:
-            self.sent_bytes += request.route.bytes_moved
+from realjax.realloc.plans import UnfitArray, make_plan
+from realjax.realloc.requests import Request
+from realjax.realloc.traffic import Traffic
 
 
 def reallocate(
@@ -90,7 +38,7 @@ def reallocate(
     dtype: Any = None,
     traffic: Traffic | None = None,
     alias: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> PyTree:
     """Return the same arrays in other layouts, bit for bit.
 
@@ -100,24 +48,29 @@ def reallocate(
         dtype: Floating arrays are cast to it, before they travel where it is narrower.
         traffic: Counts what moves; added to.
         alias: Where nothing changes, return the array itself instead of a copy.
-        chunk_bytes: Arrays are moved in groups of about so many bytes (one at least),
-            which bounds the memory that pieces take beside sources and results.
+        chunk_bytes: The memory that pieces may take beside sources and results; None
+            takes an eighth of the tree, 8 MiB at least. Arrays move in groups of so
+            many bytes, and larger ones in slabs.
 
     Raises:
         ValueError: shardings of another structure, arrays in host memory or of other
             processes, or dimensions that do not divide.
     """
     leaves, structure = jax.tree.flatten(tree)
-    requests = [
-        _request(path, leaf, sharding, dtype)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(tree),
-            _destinations(shardings, tree),
-            strict=True,
+    check_arrays(leaves, tree)
+    destinations = _destinations(shardings, tree, structure)
+    new_dtype = None if dtype is None else np.dtype(dtype)
+    requests = tuple(
+        Request(x.sharding, place, x.shape, x.dtype, _cast_dtype(x.dtype, new_dtype))
+        for x, place in zip(leaves, destinations, strict=True)
+    )
+    with naming(tree):
+        plan = make_plan(
+            requests, is_shared=alias, is_donated=False, chunk_bytes=chunk_bytes
         )
-    ]
-    moved = _move(requests, leaves, traffic, alias, chunk_bytes)
-    return jax.tree.unflatten(structure, moved)
+    if traffic is not None:
+        traffic.merge(plan.traffic)
+    return jax.tree.unflatten(structure, plan.run(leaves))
 
 
 def move_array(
@@ -190,7 +143,12 @@ def _upload(
     return jax.device_put(copies, list(shardings), may_alias=False)
 
 
-def _destinations(shardings: PyTree, tree: PyTree) -> list[Sharding]:
+def _destinations(shardings: PyTree, tree: PyTree, structure: Any) -> list[Sharding]:
+    if isinstance(shardings, Sharding):
+        return [shardings] * structure.num_leaves
+    leaves, found = jax.tree.flatten(shardings)
+    if found == structure:
+        return leaves
     try:
         return jax.tree.leaves(jax.tree.broadcast(shardings, tree))
     except ValueError as error:
@@ -200,141 +158,43 @@ def _destinations(shardings: PyTree, tree: PyTree) -> list[Sharding]:
         ) from None
 
 
-def _request(path: Any, leaf: Any, sharding: Sharding, dtype: Any) -> Request:
-    name = f"Array {jax.tree_util.keystr(path) or 'given'}"
-    if not isinstance(leaf, jax.Array):
-        raise ValueError(
-            f"{name} is a {type(leaf).__name__}. Parameters are put on devices when"
-            " they are made or loaded; `move_array` uploads a NumPy array."
-        )
-    if leaf.is_deleted():
-        raise ValueError(
-            f"{name} was donated or deleted. Reallocate the array that the donating"
-            " function returned."
-        )
-    if not (leaf.is_fully_addressable and sharding.is_fully_addressable):
-        raise ValueError(
-            f"{name} lies or shall lie on devices of other processes, and reallocation"
-            " works within one process. Give it an allocation of local devices."
-        )
-    for found in (leaf.sharding, sharding):
-        device = next(iter(found.device_set))
-        if found.memory_kind not in (None, device.default_memory().kind):
+@functools.lru_cache(maxsize=256)
+def _cast_dtype(dtype: np.dtype, new_dtype: np.dtype | None) -> np.dtype:
+    if new_dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return dtype
+    return new_dtype
+
+
+def check_arrays(leaves: Sequence[Any], tree: PyTree) -> None:
+    """Check that the leaves of a tree are arrays of this process, and alive.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for number, leaf in enumerate(leaves):
+        if not isinstance(leaf, jax.Array):
             raise ValueError(
-                f"{name}: memory kind {found.memory_kind!r}; reallocation works in"
-                " device memory. Bring the array back with `to_device` first."
+                f"{name_of(tree, number)} is a {type(leaf).__name__}. Parameters are"
+                " put on devices when they are made or loaded; `move_array` uploads a"
+                " NumPy array."
             )
-    is_cast = dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return Request(
-        source=leaf.sharding,
-        destination=sharding,
-        shape=leaf.shape,
-        dtype=leaf.dtype,
-        new_dtype=np.dtype(dtype) if is_cast else leaf.dtype,
-    )
+        if leaf.is_deleted():
+            raise ValueError(
+                f"{name_of(tree, number)} was donated or deleted. Reallocate the array"
+                " that the donating function returned."
+            )
 
 
-def _move(
-    requests: Sequence[Request],
-    arrays: Sequence[Array],
-    traffic: Traffic | None,
-    alias: bool,
-    chunk_bytes: int,
-) -> list[Array]:
-    """Sort the arrays by route, and send each group, chunk by chunk, on its way."""
-    moved: list[Any] = [None] * len(arrays)
-    groups: dict[Any, list[int]] = {}
-    for index, request in enumerate(requests):
-        kind = request.route.kind
-        if traffic is not None:
-            traffic._count(request)
-        if kind == "none" and alias and request.dtype == request.new_dtype:
-            moved[index] = _shared(arrays[index], request.destination)
-            continue
-        # A jitted identity works on one list of devices.
-        devices = (
-            tuple(request.destination.device_set) if kind in ("none", "jit") else ()
-        )
-        groups.setdefault((kind, devices), []).append(index)
-    for (kind, _), indices in groups.items():
-        send = {"put": _put, "slice": slice_and_join}.get(kind, _identity)
-        for chunk in _chunks(indices, requests, chunk_bytes):
-            done = send([requests[i] for i in chunk], [arrays[i] for i in chunk])
-            for index, array in zip(chunk, done, strict=True):
-                moved[index] = array
-    return moved
+def name_of(tree: PyTree, number: int) -> str:
+    """Return what messages call a leaf of a tree."""
+    path, _ = jax.tree_util.tree_leaves_with_path(tree)[number]
+    return f"Array {jax.tree_util.keystr(path) or 'given'}"
 
 
-def _chunks(
-    indices: Sequence[int], requests: Sequence[Request], chunk_bytes: int
-) -> Iterator[list[int]]:
-    chunk: list[int] = []
-    size = 0
-    for index in indices:
-        if chunk and size + requests[index].wire_bytes > chunk_bytes:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(index)
-        size += requests[index].wire_bytes
-    if chunk:
-        yield chunk
-
-
-def _shared(array: Array, sharding: Sharding) -> Array:
-    """Return the array itself, under the name that its sharding has over there."""
-    if array.sharding == sharding:
-        return array
-    shards = {shard.device: shard.data for shard in array.addressable_shards}
-    order = sharding.devices_indices_map(array.shape)
-    return jax.make_array_from_single_device_arrays(
-        array.shape, sharding, [shards[device] for device in order]
-    )
-
-
-def _put(requests: Sequence[Request], arrays: Sequence[Array]) -> list[Array]:
-    """Copy every shard as it is to its counterpart; cast where fewer bytes travel."""
-    narrowed = _cast(
-        arrays,
-        tuple(request.source for request in requests),
-        tuple(request.wire_dtype for request in requests),
-    )
-    destinations = tuple(request.destination for request in requests)
-    copied = jax.device_put(narrowed, list(destinations), may_alias=False)
-    return _cast(copied, destinations, tuple(r.new_dtype for r in requests))
-
-
-def _cast(
-    arrays: Sequence[Array],
-    shardings: tuple[Sharding, ...],
-    dtypes: tuple[np.dtype, ...],
-) -> list[Array]:
-    """Cast in place, leaving alone the arrays that have their type."""
-    cast = list(arrays)
-    todo = [i for i, x in enumerate(arrays) if x.dtype != dtypes[i]]
-    if todo:
-        function = _identity_function(
-            tuple(shardings[i] for i in todo), tuple(dtypes[i] for i in todo)
-        )
-        for index, array in zip(todo, function([cast[i] for i in todo]), strict=True):
-            cast[index] = array
-    return cast
-
-
-def _identity(requests: Sequence[Request], arrays: Sequence[Array]) -> list[Array]:
-    function = _identity_function(
-        tuple(request.destination for request in requests),
-        tuple(request.new_dtype for request in requests),
-    )
-    return function(list(arrays))
-
-
-@functools.lru_cache(maxsize=512)
-def _identity_function(
-    shardings: tuple[Sharding, ...], dtypes: tuple[np.dtype, ...]
-) -> Callable[[list[Array]], list[Array]]:
-    def reallocated(arrays: list[Array]) -> list[Array]:
-        # A copy, because a jitted function may return an argument as it is.
-        pairs = zip(arrays, dtypes, strict=True)
-        return [jnp.copy(array).astype(dtype) for array, dtype in pairs]
-
-    return jax.jit(reallocated, out_shardings=list(shardings))
+@contextlib.contextmanager
+def naming(tree: PyTree) -> Iterator[None]:
+    """Put the name of an array before what is wrong with it."""
+    try:
+        yield
+    except UnfitArray as error:
+        raise ValueError(f"{name_of(tree, error.number)}: {error}") from None
