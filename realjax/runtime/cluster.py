@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from realjax.core.arrays import Array, PyTree
-from realjax.realloc.crossing import handle
+from realjax.realloc.processes import handle
 
 __all__ = [
     "ClusterError",
@@ -51,6 +51,7 @@ TIMEOUT_SECONDS = 1200.0
 
 _HEARTBEAT_SECONDS = 60
 _LOOK_SECONDS = 2.0  # How often someone who waits asks whether a process has failed.
+_NUM_CPU_THREADS = 32
 _CHUNK_BYTES = 1 << 20  # A message of gRPC has at most 4 MiB.
 _PREFIX = "realjax"
 _ARRAY = "__array__"
@@ -341,6 +342,9 @@ def _let_cpus_talk(coordinator_host: str) -> None:
         free.bind((own, 0))
         port = free.getsockname()[1]
     host = f"[{own}]" if ":" in own else own
+    # Threads of a device's work. A collective and a copy each hold one while they wait
+    # for the other process: with one thread a core, all may wait and none be left.
+    os.environ.setdefault("NPROC", str(_NUM_CPU_THREADS))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # A real port: with port 0 the others would look for us there, and wait for ever.
     jax.config.update("jax_cross_host_transfer_socket_address", f"{host}:{port}")
