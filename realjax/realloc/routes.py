@@ -96,7 +96,8 @@ class Route:
             return "jit" if self._is_direct else "slice"
         # Where devices overlap, a native copy may share buffers with its source.
         is_disjoint = set(self.source.devices).isdisjoint(self.destination.devices)
-        return "put" if self.is_same_cut and is_disjoint else "slice"
+        is_put = self.is_same_cut and is_disjoint and self._is_put_least
+        return "put" if is_put else "slice"
 
     @property
     def total_bytes(self) -> int:
@@ -201,7 +202,13 @@ class Route:
             Parallel arrays, sorted: source host, destination host, bytes.
         """
         sources, destinations, sizes = self.link_bytes()
-        return _sum_pairs(self._host_of(sources), self._host_of(destinations), sizes)
+        return _sum_pairs(self.hosts_of(sources), self.hosts_of(destinations), sizes)
+
+    def hosts_of(self, devices: np.ndarray) -> np.ndarray:
+        """Return the host of every device: all 0 where no hosts were given."""
+        if self.hosts is None:
+            return np.zeros_like(devices)
+        return self.hosts.of_devices(devices)
 
     def peak_bytes(
         self, chunk_bytes: int | None = None
@@ -244,10 +251,17 @@ class Route:
             or num_source == num_destination == self.source_holders.size
         )
 
-    def _host_of(self, devices: np.ndarray) -> np.ndarray:
+    @property
+    def _is_put_least(self) -> bool:
+        """Tell whether shard by shard nothing enters a host twice, or needlessly."""
         if self.hosts is None:
-            return np.zeros_like(devices)
-        return self.hosts.of_devices(devices)
+            return True
+        before, after = (
+            self.hosts_of(np.asarray(side.devices, np.int64))
+            for side in (self.source, self.destination)
+        )
+        shard_bytes = self.total_bytes // len(self.source_holders)
+        return int((before != after).sum()) * shard_bytes == self.phase_bytes["across"]
 
     @functools.cached_property
     def _boxes(self) -> list[Box]:
@@ -259,9 +273,9 @@ class Route:
             piece_bytes=self.piece_bytes,
             source_tiles=self.source_tiles,
             destination_tiles=self.destination_tiles,
-            sources=Copies.of(self.source_holders, self._host_of(self.source_holders)),
+            sources=Copies.of(self.source_holders, self.hosts_of(self.source_holders)),
             destinations=Copies.of(
-                self.destination_holders, self._host_of(self.destination_holders)
+                self.destination_holders, self.hosts_of(self.destination_holders)
             ),
         )
 

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from realjax.models.config import ModelConfig
 from realjax.models.transformer import abstract_parameters
 from realjax.parallel import Allocation, make_mesh, parameter_shardings
+from realjax.realloc.hosts import Hosts
 from realjax.realloc.routes import Layout, route
 
 SHAPE = (8, 16, 24)
@@ -221,3 +222,60 @@ def test_parts_must_be_equal():
 def test_a_mesh_counts_its_devices():
     with pytest.raises(ValueError, match="has 4 places and 3 devices"):
         layout((2, 2), (), (0, 1, 2))
+
+
+@pytest.mark.parametrize("devices_per_host", [1, 8, 512])
+def test_totals_of_thousands_of_devices_list_no_hops(devices_per_host):
+    # Every one of 4096 devices needs what 512 hold: two million hops.
+    spec = ((), (0,), (1,))
+    source = layout((512, 8), spec)
+    destination = layout((512, 8), ((), (), (1,)), range(4095, -1, -1))
+    hosts = Hosts.uniform(devices_per_host)
+    found = route(source, destination, (32, 4096, 8), np.float32, hosts)
+    loads, sizes = found.loads, found.phase_bytes
+    assert "hops" not in vars(found)
+    tile_bytes = 32 * 4096 * 4
+    assert sum(sizes.values()) == 4096 * tile_bytes
+    # Device n is wanted as 4095 - n, of the other parity: nobody keeps anything.
+    assert sizes["on_device"] == 0
+    # A host needs its tiles less what it has of them: of each of its m tiles m / 8 of
+    # the 4096 columns where m = 8, and all of what 64 rows of devices hold for 512.
+    held = {1: 0, 8: 8 * tile_bytes // 512, 512: 8 * tile_bytes // 8}[devices_per_host]
+    needed = min(devices_per_host, 8) * tile_bytes
+    assert sizes["across"] == 4096 // devices_per_host * (needed - held)
+    assert loads.sent_across.sum() == loads.received_across.sum() == sizes["across"]
+
+
+def test_layers_do_not_change_what_is_worked_out():
+    spec = ((), (1,), (2,))
+    source, destination = layout((4, 8, 8), spec), layout((16, 1, 16), spec)
+    shallow, deep = (
+        route(source, destination, (layers, 64, 16), np.float32, Hosts.uniform(8))
+        for layers in (32, 128)
+    )
+    assert (deep.piece_bytes == 4 * shallow.piece_bytes).all()
+    assert deep.phase_bytes == {k: 4 * v for k, v in shallow.phase_bytes.items()}
+    for name in ("sources", "destinations", "pieces", "phases", "is_relay"):
+        assert (getattr(deep.hops, name) == getattr(shallow.hops, name)).all()
+
+
+def test_a_device_holds_what_it_had_and_gets_and_what_flies():
+    # Two halves of 64 bytes on 0 and 1 become one whole on 1 and one on 2.
+    found = route(layout((2,), ((0,),)), layout((2,), (), (1, 2)), (128,), np.int8)
+    devices, peaks = found.peak_bytes()
+    assert devices.tolist() == [0, 1, 2]
+    # 0 has 64 and sends 128; 1 has 64, gets 64 and sends 64 and needs 128; 2 gets 128.
+    assert peaks.tolist() == [64 + 128, 64 + 128 + 128, 128 + 128]
+    # In chunks of a quarter, a quarter flies at a time.
+    assert found.peak_bytes(32)[1].tolist() == [64 + 32, 64 + 128 + 32, 128 + 32]
+    assert found.peak_bytes(1000)[1].tolist() == peaks.tolist()
+
+
+def test_shard_by_shard_is_for_shards_that_enter_a_host_once():
+    whole = layout((2,), ()), layout((2,), (), (2, 3))
+    assert route(*whole, (8,), np.int8).kind == "put"
+    assert route(*whole, (8,), np.int8, Hosts.uniform(4)).kind == "put"
+    # Both copies would enter the host of 2 and 3.
+    assert route(*whole, (8,), np.int8, Hosts.uniform(2)).kind == "slice"
+    halves = layout((2,), ((0,),)), layout((2,), ((0,),), (2, 3))
+    assert route(*halves, (8,), np.int8, Hosts.uniform(2)).kind == "put"
