@@ -14,7 +14,7 @@ from realjax.core.config import check_choice, config_dict
 from realjax.data.datasets import DataConfig
 from realjax.functions.role import RoleConfig
 from realjax.rl.sampling import Sampling
-from realjax.runtime.run import RunConfig
+from realjax.runtime.run_config import RunConfig
 from realjax.testing import TINY
 
 CALLS = ("rollout", "reward", "reference", "value", "train_policy", "train_critic")

@@ -29,7 +29,7 @@ from realjax.functions.role import RoleConfig
 from realjax.functions.score import RewardFunction
 from realjax.rl.rewards import ScoreShaping
 from realjax.rl.sampling import Sampling
-from realjax.runtime.run import RunConfig
+from realjax.runtime.run_config import RunConfig
 from realjax.testing import TINY
 
 EXACT = RewardFunction(fn="realjax.data.verifiers:exact_answer")

@@ -20,7 +20,7 @@ from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import RoleConfig
 from realjax.rl.sampling import Sampling
 from realjax.runtime.checkpoint import CheckpointConfig
-from realjax.runtime.run import EvaluationConfig, RunConfig
+from realjax.runtime.run_config import EvaluationConfig, RunConfig
 from realjax.testing import TINY
 
 CALLS = ("rollout", "reward", "reference", "value", "train_policy", "train_critic")

@@ -28,7 +28,7 @@ from realjax.functions.role import RoleConfig
 from realjax.functions.score import RewardFunction
 from realjax.rl.sampling import Sampling
 from realjax.runtime.checkpoint import CheckpointConfig
-from realjax.runtime.run import EvaluationConfig, RunConfig
+from realjax.runtime.run_config import EvaluationConfig, RunConfig
 from realjax.testing import TINY
 
 MODEL = {

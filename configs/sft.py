@@ -19,7 +19,7 @@ from realjax.data.datasets import DataConfig
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import RoleConfig
 from realjax.runtime.checkpoint import CheckpointConfig
-from realjax.runtime.run import EvaluationConfig, RunConfig
+from realjax.runtime.run_config import EvaluationConfig, RunConfig
 from realjax.testing import TINY
 
 

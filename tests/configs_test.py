@@ -9,7 +9,8 @@ import pytest
 import realjax
 from realjax.core.metrics import read_metrics
 from realjax.runtime.console import Console
-from realjax.runtime.run import RunConfig, make_graph
+from realjax.runtime.run import make_graph
+from realjax.runtime.run_config import RunConfig
 
 FOLDER = pathlib.Path(realjax.__file__).parents[1] / "configs"
 CONFIGS = sorted(path.name for path in FOLDER.glob("*.py"))

@@ -87,7 +87,7 @@ def make_executor(graph: DataflowGraph, width: int, texts: Tokenizer) -> Executo
     for name, model in models.items():
         store.set_initial(name, init(model, jax.random.key(0)))
     for role in graph.trained_roles:
-        program = executor.train_program(role)
+        program = executor.programs.train_program(role)
         store.set_train_state(role, program.init_optimizer(store.at_home(role)))
     return executor
 

@@ -23,7 +23,7 @@ from pallas_kernels.testing import aot
 from realjax.cli import flags as cli_flags
 from realjax.core.config import to_dataclass
 from realjax.runtime.described import DescribedProgram, described_programs
-from realjax.runtime.run import RunConfig
+from realjax.runtime.run_config import RunConfig
 
 _GIB = 2**30
 _WIDTH = 110

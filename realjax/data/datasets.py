@@ -122,6 +122,7 @@ class Dataset:
         row_width: T, the same for all batches; `prompt_width` for prompts.
         rows_per_record: Rows that a record takes in a batch.
         num_left_out: Records of the file that were too long.
+        num_rows_read: Rows whose tokens were put into a batch so far.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Dataset:
             raise ValueError("A data set needs at least one record.")
         self.kind = config.kind
         self.num_left_out = num_left_out
+        self.num_rows_read = 0
         self.rows_per_record = 2 * config.max_pairs if self.kind == "pairs" else 1
         self._records = tuple(records)
         self._pad_id, self._seed = pad_id, seed
@@ -165,6 +167,8 @@ class Dataset:
         self,
         indices: Sequence[int] | np.ndarray,
         epoch: int | Sequence[int] | np.ndarray = 0,
+        *,
+        rows: np.ndarray | None = None,
     ) -> Batch:
         """Makes a batch of records.
 
@@ -174,19 +178,21 @@ class Dataset:
         Args:
             indices: Which of the records kept.
             epoch: Of all or of each; pairs are drawn from (seed, epoch, id).
+            rows: Whether the tokens of each row are needed, by its place in the batch;
+                the others are padding, of the right length. None needs all.
         """
         records = [self._records[int(index)] for index in indices]
         epochs = np.broadcast_to(epoch, len(records)).tolist()
         if self.kind == "prompts":
-            return self._prompt_batch(records)
+            return self._prompt_batch(records, rows)
         if self.kind == "prompt_answer":
-            return self._sample_batch([(record, 0) for record in records])
-        rows, weights = [], []
+            return self._sample_batch([(record, 0) for record in records], rows)
+        sides, weights = [], []
         for record, each_epoch in zip(records, epochs, strict=True):
             pairs = self._draw_pairs(record, each_epoch)
-            rows += [(record, 2 * pair + side) for pair in pairs for side in (0, 1)]
+            sides += [(record, 2 * pair + side) for pair in pairs for side in (0, 1)]
             weights += [1 / len(pairs)] * (2 * len(pairs))
-        batch = self._sample_batch(rows)
+        batch = self._sample_batch(sides, rows)
         batch = batch.with_arrays(pair_weights=np.array(weights, np.float32))
         return batch.pad_to(self.rows_per_record * len(records))
 
@@ -223,12 +229,22 @@ class Dataset:
         rng = np.random.default_rng([self._seed, epoch, record.index])
         return rng.permutation(num_pairs)[: self._max_pairs].tolist()
 
-    def _prompt_batch(self, records: list[Record]) -> Batch:
+    def _needed(self, num_rows: int, rows: np.ndarray | None) -> list[int]:
+        """Rows of a batch to be filled; counts them."""
+        needed = np.arange(num_rows)
+        if rows is not None:
+            needed = np.flatnonzero(rows[:num_rows])
+        self.num_rows_read += len(needed)
+        return needed.tolist()
+
+    def _prompt_batch(
+        self, records: list[Record], rows: np.ndarray | None = None
+    ) -> Batch:
         lengths = np.array([len(record.prompt) for record in records], np.int32)
         width = self._bucket(int(lengths.max(initial=0)))
         prompts = np.full((len(records), width), self._pad_id, np.int32)
-        for row, record in enumerate(records):
-            prompts[row, : lengths[row]] = record.prompt
+        for row in self._needed(len(records), rows):
+            prompts[row, : lengths[row]] = records[row].prompt
         return Batch.create(
             {"prompts": prompts},
             ids=[record.index for record in records],
@@ -236,26 +252,32 @@ class Dataset:
             columns=_columns(records),
         )
 
-    def _sample_batch(self, rows: list[tuple[Record, int]]) -> Batch:
+    def _sample_batch(
+        self, sides: list[tuple[Record, int]], rows: np.ndarray | None = None
+    ) -> Batch:
         """Batch of `(record, which completion)`, one a row."""
-        shape = (len(rows), self.row_width)
+        shape = (len(sides), self.row_width)
         tokens = np.full(shape, self._pad_id, np.int32)
         mask = np.zeros(shape, bool)
-        lengths = np.zeros(len(rows), np.int32)
-        for row, (record, which) in enumerate(rows):
-            start = len(record.prompt)
-            stop = lengths[row] = start + len(record.completions[which])
+        lengths = np.array(
+            [len(r.prompt) + len(r.completions[which]) for r, which in sides], np.int32
+        )
+        for row in self._needed(len(sides), rows):
+            record, which = sides[row]
+            start, stop = len(record.prompt), lengths[row]
             tokens[row, :start] = record.prompt
             tokens[row, start:stop] = record.completions[which]
             mask[row, start:stop] = True
-        records = [record for record, _ in rows]
+        records = [record for record, _ in sides]
         columns = _columns(records)
         if self.kind == "pairs":
             for side, name in enumerate(("chosen", "rejected")):
-                columns[name] = [r.texts[which - which % 2 + side] for r, which in rows]
+                columns[name] = [
+                    r.texts[which - which % 2 + side] for r, which in sides
+                ]
         else:
             columns["answer"] = [record.texts[0] for record in records]
-        truncated = [record.is_truncated[which] for record, which in rows]
+        truncated = [record.is_truncated[which] for record, which in sides]
         return Batch.create(
             {
                 "tokens": tokens,

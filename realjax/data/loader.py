@@ -26,6 +26,7 @@ class Loader:
         seed: int,
         shuffle: bool = True,
         num_epochs: int = 0,
+        rows: np.ndarray | None = None,
     ):
         """Starts at the first record of epoch 0.
 
@@ -35,13 +36,15 @@ class Loader:
             seed: Of the order.
             shuffle: Whether records are permuted; else every epoch is in file order.
             num_epochs: Where to stop, with a padded last batch; 0 means never.
+            rows: Whether the tokens of each row of a batch are needed in this process;
+                None needs all.
         """
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}. It must be at least 1.")
         self._dataset = dataset
         self._batch_size = batch_size
         self._seed, self._shuffle = seed, shuffle
-        self._num_epochs = num_epochs
+        self._num_epochs, self._rows = num_epochs, rows
         self._position = 0  # records given out since the start of epoch 0
         self._orders: dict[int, np.ndarray] = {}
 
@@ -70,7 +73,7 @@ class Loader:
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             indices[here] = self._order(epoch)[places[here]]
-        batch = self._dataset.batch(indices, epochs)
+        batch = self._dataset.batch(indices, epochs, rows=self._rows)
         self._position = stop
         batch = batch.pad_to(self._batch_size * self._dataset.rows_per_record)
         return batch, int(epochs[0]), stop // size > start // size
@@ -110,11 +113,19 @@ class Loader:
         return self._orders[epoch]
 
 
-def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
-    """Gives every record once, in file order; the last batch is padded."""
+def evaluation_batches(
+    dataset: Dataset, batch_size: int, rows: np.ndarray | None = None
+) -> Iterator[Batch]:
+    """Gives every record once, in file order; the last batch is padded.
+
+    Args:
+        dataset: What to give out.
+        batch_size: Records of a batch.
+        rows: As in `Loader`.
+    """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}. It must be at least 1.")
     for start in range(0, len(dataset), batch_size):
         indices = range(start, min(start + batch_size, len(dataset)))
-        batch = dataset.batch(indices)
+        batch = dataset.batch(indices, rows=rows)
         yield batch.pad_to(batch_size * dataset.rows_per_record)

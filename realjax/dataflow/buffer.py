@@ -5,7 +5,9 @@ reallocation, and stays; keys of the data set go up from the host once a mesh.
 """
 
 import collections
+import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +72,12 @@ class Buffer:
                 self._copies[place] = move_array(value, target, traffic=self.traffic)
         return self._copies[place]
 
+    def value(self, key: str) -> Array | np.ndarray:
+        """The key where it was made."""
+        return self._made[key]
+
     def host(self, key: str) -> np.ndarray:
-        """The key as NumPy, for work on text; waits until it is there."""
+        """The key as NumPy, in a run of one process; waits until it is there."""
         return np.asarray(self._made[key])
 
     def repeat(self, count: int) -> None:
@@ -96,6 +102,18 @@ class Buffer:
             if key == "prompts" or value.shape[0] != size:
                 continue
             on_host = isinstance(value, np.ndarray)
-            repeat = np.repeat if on_host else jnp.repeat
+            repeat = np.repeat if on_host else _repeat
             self._made[key] = repeat(value, count, axis=0)
             self._copies = {k: v for k, v in self._copies.items() if k[0] != key}
+
+
+def _repeat(value: Any, count: int, *, axis: int) -> Array:
+    """Repeat rows on the devices that hold them; elsewhere, only in name."""
+    repeat = functools.partial(jnp.repeat, repeats=count, axis=axis)
+    shape = jax.eval_shape(repeat, value)
+    rows = value.sharding
+    if value.sharding.addressable_devices:
+        return jax.jit(repeat, out_shardings=rows)(value)
+    return jax.make_array_from_single_device_arrays(
+        shape.shape, rows, [], dtype=shape.dtype
+    )

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from realjax.functions.function import Function, Train
+from realjax.functions.function import Follow, Function, Train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,16 @@ class ModelFunctionCall:
         """Whether the call changes its role's parameters."""
         return isinstance(self.function, Train)
 
+    @property
+    def is_following(self) -> bool:
+        """Whether the call moves its role's parameters towards another role's."""
+        return isinstance(self.function, Follow)
+
+    @property
+    def changes_role(self) -> bool:
+        """Whether the role's parameters are others after the call."""
+        return self.is_training or self.is_following
+
 
 def call(role: str | None, function: Function, **renames: str) -> ModelFunctionCall:
     """A node of the graph; keywords rename the function's keys.
@@ -74,8 +84,8 @@ class DataflowGraph:
         [['rollout'], ['reward']]
 
     Raises:
-        ValueError: if two calls write the same key, if calls wait for each other, or,
-            with `inputs`, if a key is read that neither a call nor the data set gives.
+        ValueError: if two calls write the same key, if calls wait for each other, or if
+            a role follows one that is not there or that follows itself.
     """
 
     def __init__(self, **calls: ModelFunctionCall):
@@ -90,6 +100,9 @@ class DataflowGraph:
                         "Rename one of them where the call is made."
                     )
                 self._writer[key] = name
+        for name, node in calls.items():
+            if isinstance(node.function, Follow):
+                self._check_follows(name, node.role, node.function.source)
         self.levels()
 
     @property
@@ -103,6 +116,13 @@ class DataflowGraph:
         """Roles whose parameters a call changes."""
         return tuple(
             role for role in self.roles if any(c.is_training for c in self.of(role))
+        )
+
+    @property
+    def changed_roles(self) -> tuple[str, ...]:
+        """Roles whose parameters are others after a step: trained, or following."""
+        return tuple(
+            role for role in self.roles if any(c.changes_role for c in self.of(role))
         )
 
     @property
@@ -137,9 +157,23 @@ class DataflowGraph:
         return levels
 
     def order(self) -> list[str]:
-        """Call names in an order that respects the edges; training calls last."""
+        """Call names in an order that respects the edges.
+
+        Training calls come after all others, and what follows a trained role last.
+        """
         names = [name for level in self.levels() for name in level]
-        return sorted(names, key=lambda name: self.calls[name].is_training)
+        rank = lambda node: 2 if node.is_following else int(node.is_training)
+        return sorted(names, key=lambda name: rank(self.calls[name]))
+
+    def _check_follows(self, name: str, role: str | None, source: str) -> None:
+        changing = [c for c in self.of(role) if c.changes_role] if role else []
+        leaders = [c for c in self.of(source) if c.is_training]
+        if len(changing) != 1 or not leaders or role == source:
+            raise ValueError(
+                f"Call {name!r} lets {role!r} follow {source!r}. It needs a role that "
+                "no other call changes, and one that a call trains "
+                f"({', '.join(self.trained_roles) or 'none here'})."
+            )
 
     def require(self, available: tuple[str, ...]) -> None:
         """Checks that the data set gives what no call writes.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from realjax.core.config import suggest
 from realjax.dataflow.graph import DataflowGraph
@@ -89,6 +89,7 @@ def make_plan(
     allocations: Mapping[str, str] | None = None,
     rows: Mapping[str, int] | None = None,
     microbatch_tokens: int = 2048,
+    offloaded: Collection[str] = (),
 ) -> ExecutionPlan:
     """The plan that a config asks for.
 
@@ -99,6 +100,7 @@ def make_plan(
         allocations: by call. A `Transform` follows the first call that reads it.
         rows: by call; see `CallPlan.rows`.
         microbatch_tokens: see `ExecutionPlan`.
+        offloaded: roles whose calls all have the option `+offload`.
 
     Raises:
         ValueError: a name that is no call, or an allocation that needs more devices.
@@ -123,6 +125,14 @@ def make_plan(
             text = str(places[readers[0]].allocation) if readers else ""
         place = Allocation.parse(text or default)
         _check_devices(name, place, num_devices)
+        role = graph.calls[name].role
+        if role in offloaded:
+            options = place.options | {"offload"}
+            place = dataclasses.replace(place, options=options)
+        elif role is None:
+            # A Transform keeps nothing, whoever it follows.
+            options = place.options - {"offload"}
+            place = dataclasses.replace(place, options=options)
         places[name] = CallPlan(allocation=place, rows=rows.get(name, 0))
         if isinstance(function, Generate) and place.stage > 1:
             raise ValueError(

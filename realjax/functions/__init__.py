@@ -1,6 +1,7 @@
 """Model function calls: what is asked of a role, and the programs that do it."""
 
 from realjax.functions.function import (
+    Follow,
     Function,
     Generate,
     Infer,
@@ -12,6 +13,7 @@ from realjax.functions.function import (
 from realjax.functions.score import RewardFunction
 
 __all__ = [
+    "Follow",
     "Function",
     "Generate",
     "Infer",

@@ -3,11 +3,13 @@
     Generate    sample completions of prompts                     policy
     Infer       log-probabilities, values or scores of sequences  any role
     Train       optimizer steps on a loss                         a trained role
+    Follow      a step towards another role's parameters          a role that follows
     Transform   arithmetic on the batch alone                     no role
     Score       Python functions of the text                      no role
 
 These are descriptions: frozen and without arrays. `generate.py`, `infer.py` and
-`train.py` turn one into a compiled program for one allocation.
+`train.py` turn one into a compiled program for one allocation; reallocation does what
+`Follow` asks.
 """
 
 import dataclasses
@@ -138,6 +140,30 @@ class Train(Function):
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; it must be at least 1."
                 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Follow(Function):
+    """An exponential moving average of another role's parameters, once a step.
+
+    p ← weight · source + (1 − weight) · p, in float32, after the source was trained.
+    A head that the source does not have stays as it is.
+
+    Attributes:
+        source: the role that is followed.
+        weight: of its parameters; 1 copies them.
+    """
+
+    source: str
+    weight: float
+
+    def __post_init__(self):
+        """Refuses a weight that is no weight."""
+        if not 0 < self.weight <= 1:
+            raise ValueError(
+                f"weight is {self.weight}; following a role takes one above 0 and at "
+                "most 1 (1 copies it, 0.001 is a slow average)."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

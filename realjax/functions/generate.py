@@ -14,7 +14,7 @@ the wave it runs in or the mesh.
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,25 @@ class GenerateProgram:
     def num_waves(self, num_prompts: int) -> int:
         """Waves that the completions of so many prompts take."""
         return -(-num_prompts * self.spec.completions_per_prompt // self.num_rows)
+
+    def described(self, num_prompts: int) -> Rollout:
+        """Shapes, types and shardings of all completions of so many prompts."""
+        size = num_prompts * self.spec.completions_per_prompt
+        rows = rows_sharding(self.mesh, size)
+
+        def leaf(dtype, *sizes: int) -> Any:
+            return jax.ShapeDtypeStruct((size, *sizes), dtype, sharding=rows)
+
+        config = self.program.config
+        form = sampling_lib.kept_width(self.spec.sampling, config.vocab_size)
+        return Rollout(
+            tokens=leaf(jnp.int32, self.width),
+            completion_mask=leaf(jnp.bool_, self.width),
+            old_logprobs=leaf(jnp.float32, self.width),
+            is_truncated=leaf(jnp.bool_),
+            lengths=leaf(jnp.int32),
+            kept=form and leaf(_kept_dtype(form), self.width, form[1]),
+        )
 
     def wave(
         self,
@@ -218,9 +237,9 @@ class GenerateProgram:
         form = sampling_lib.kept_width(self.spec.sampling, vocab_size)
         kept = None
         if form is not None:
-            kind, size = form
-            dtype = jnp.int32 if kind == "ids" else jnp.uint32
-            kept = jnp.full((batch, limit, size), -1 if kind == "ids" else 0, dtype)
+            dtype = _kept_dtype(form)
+            empty = -1 if dtype == jnp.int32 else 0
+            kept = jnp.full((batch, limit, form[1]), empty, dtype)
         return _Decoding(
             step=jnp.int32(0),
             logits=logits,
@@ -311,6 +330,11 @@ class GenerateProgram:
             lengths=total,
             kept=kept,
         )
+
+
+def _kept_dtype(form: tuple[str, int]) -> Any:
+    """Of the sets that a sampler records: ids, or words of bits."""
+    return jnp.int32 if form[0] == "ids" else jnp.uint32
 
 
 def _shift_rows(x: Array, shift: Int[Array, " B"], width: int) -> Array:

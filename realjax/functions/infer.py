@@ -22,6 +22,23 @@ class InferProgram:
         self.spec, self.program, self.mesh = spec, program, mesh
         self._fill = jax.jit(self._fill_outputs, donate_argnums=1)
 
+    def described(self, size: int, width: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, types and shardings of what a call gives.
+
+        Args:
+            size: B, sequences of the batch.
+            width: T, tokens of a sequence.
+        """
+        rows = rows_sharding(self.mesh, size)
+        return {
+            name: jax.ShapeDtypeStruct(
+                (size, width) if name in ("logprobs", "values") else (size,),
+                jnp.float32,
+                sharding=rows,
+            )
+            for name in INFERRED[self.spec.output]
+        }
+
     def __call__(
         self,
         parameters: PyTree,
@@ -38,14 +55,9 @@ class InferProgram:
         Returns:
             The arrays of `INFERRED[spec.output]`, [B, T] or [B] float32.
         """
-        size, width = batch["tokens"].shape
         outputs = {
-            name: jnp.zeros(
-                (size, width) if name in ("logprobs", "values") else (size,),
-                jnp.float32,
-                device=rows_sharding(self.mesh, size),
-            )
-            for name in INFERRED[self.spec.output]
+            name: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+            for name, leaf in self.described(*batch["tokens"].shape).items()
         }
         for packing in packings:
             outputs = self._fill(

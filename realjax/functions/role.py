@@ -67,7 +67,8 @@ class RoleConfig:
         dtype: of matrix products; "" means bfloat16 on a GPU, float32 elsewhere. A
             role that is trained is not "float16".
         remat: what the backward pass computes anew, one of `transformer.REMATS`.
-        offload: whether a role that no call trains waits in host memory.
+        offload: whether what the role keeps waits in host memory between its calls:
+            `+offload` in all their allocations.
         optimizer: of a trained role.
     """
 

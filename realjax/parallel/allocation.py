@@ -21,6 +21,7 @@ SIZES = {"d": "data", "f": "fsdp", "t": "tensor", "s": "stage", "e": "expert"}
 OPTIONS = {
     "sequence": "activations between blocks are split over tensor along the tokens",
     "zero1": "fsdp cuts the optimizer's state and gradients, and no parameter",
+    "offload": "what the role keeps between calls waits in host memory after this one",
 }
 """The options an allocation may carry, and what each does."""
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from realjax.parallel.allocation import Allocation
 
@@ -46,3 +46,9 @@ def make_mesh(
     return Mesh(
         grid.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
     )
+
+
+def abstract_mesh(allocation: Allocation) -> AbstractMesh:
+    """Return the axes of an allocation's mesh without devices, for counting."""
+    sizes = tuple(getattr(allocation, axis) for axis in MESH_AXES)
+    return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from realjax.core.arrays import Array, PyTree
 from realjax.models.axes import Axes, Constrain
@@ -41,14 +41,17 @@ AXES: Mapping[str, tuple[str, ...]] = {
 
 
 def parameter_shardings(
-    abstract_tree: PyTree, mesh: Mesh, *, options: frozenset[str] = frozenset()
+    abstract_tree: PyTree,
+    mesh: Mesh | AbstractMesh,
+    *,
+    options: frozenset[str] = frozenset(),
 ) -> PyTree:
     """Return the sharding of every parameter.
 
     Args:
         abstract_tree: Leaves with `shape` and `axes` (the abstract twin of a model's
             parameters), or bare tuples of axis names, which are taken to divide.
-        mesh: The mesh of the call.
+        mesh: The mesh of the call; an abstract one will do for counting.
         options: The options of its allocation. With `zero1` fsdp cuts no parameter;
             the optimizer's state lies as parameters do without it.
 
@@ -116,9 +119,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def handles(described: PyTree) -> PyTree:
+    """Make arrays of which this process holds nothing: they stand for others' arrays.
+
+    Args:
+        described: `ShapeDtypeStruct`s with shardings over other processes' devices.
+    """
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_single_device_arrays(
+            leaf.shape, leaf.sharding, [], dtype=leaf.dtype
+        ),
+        described,
+    )
+
+
 def bytes_per_device(
     abstract_tree: PyTree,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     dtype: Any = np.float32,
     options: frozenset[str] = frozenset(),
@@ -231,12 +248,14 @@ def _mesh_axes(name: str | None) -> tuple[str, ...]:
     return AXES[name]
 
 
-def num_parts(axes: Sequence[str], mesh: Mesh) -> int:
+def num_parts(axes: Sequence[str], mesh: Mesh | AbstractMesh) -> int:
     """Count the parts that some axes of a mesh make."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _spec(dimensions: Sequence[Sequence[str]], mesh: Mesh) -> PartitionSpec:
+def _spec(
+    dimensions: Sequence[Sequence[str]], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     """Write one canonical spec for one layout, so that equal layouts compile once."""
     entries: list[str | tuple[str, ...] | None] = []
     for axes in dimensions:
@@ -259,7 +278,7 @@ def _parameter_spec(
     path: str,
     shape: Sequence[int] | None,
     axes: Axes,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     without: Collection[str] = (),
 ) -> PartitionSpec:
     dimensions = [

@@ -39,8 +39,9 @@ from realjax.parallel.sharding import (
     replicated,
     rows_sharding,
 )
-from realjax.runtime.executor import SEQUENCES_PER_ROW
-from realjax.runtime.run import RunConfig, make_graph
+from realjax.runtime.programs import SEQUENCES_PER_ROW
+from realjax.runtime.run import make_graph
+from realjax.runtime.run_config import RunConfig
 
 MICROBATCH_TOKENS = 16384
 """Of a device, where the config does not say: what a run on GPUs takes."""
@@ -123,6 +124,7 @@ class _Described:
             rows=config.rows,
             microbatch_tokens=config.microbatch_tokens
             or MICROBATCH_TOKENS * num_devices,
+            offloaded=[name for name, role in config.roles.items() if role.offload],
         )
         self.models = {
             role: _model(config, self.graph, self.plan, role)

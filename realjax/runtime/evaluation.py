@@ -46,7 +46,8 @@ def evaluate(run: Run, executor: Executor, console: Console, when: str) -> Evalu
     assert run.valid_data is not None
     config, rewards = run.config, run.config.evaluation.rewards
     size = config.data.valid_batch_size or config.data.batch_size
-    batches = list(evaluation_batches(run.valid_data, size))
+    rows = executor.calls.rows_here(size * run.valid_data.rows_per_record)
+    batches = list(evaluation_batches(run.valid_data, size, rows))
     totals: dict[str, list[Any]] = {}
     scores: dict[str, list[np.ndarray]] = {}
     samples: list[dict[str, Any]] = []
@@ -65,8 +66,9 @@ def evaluate(run: Run, executor: Executor, console: Console, when: str) -> Evalu
                 )
             found = {}
             if "scores" in buffer:
-                found["scores"] = buffer.host("scores")[buffer.ids >= 0]
-            texts = executor.texts(buffer) if _generates(run) else None
+                scored = executor.calls.fetch(buffer, "scores")["scores"]
+                found["scores"] = scored[buffer.ids >= 0]
+            texts = executor.calls.texts(buffer) if _generates(run) else None
             if workers is not None and texts is not None:
                 found |= workers.score_each(*texts)
             for name, values in found.items():
@@ -77,7 +79,7 @@ def evaluate(run: Run, executor: Executor, console: Console, when: str) -> Evalu
     skipped = ("learning_rate", "grad_norm", "skipped", "nonfinite")
     numbers = {
         f"eval/{name}": value
-        for name, value in to_numbers(totals).items()
+        for name, value in executor.calls.merged(to_numbers(totals)).items()
         if not name.startswith(skipped)
     }
     for name, parts in scores.items():

@@ -1,14 +1,17 @@
 """Where every role's parameters are: homes, copies for calls elsewhere, the host.
 
-This is the only holder of parameters in a run, so that dropping one here frees it.
+This is the only holder of parameters in a run, so that dropping one here frees it. It
+counts how often each role was changed, and gives a call the parameters that the
+schedule says it must see, or none.
 """
 
+import dataclasses
 from collections.abc import Collection, Mapping
 
 import jax
 
 from realjax.core.arrays import PyTree
-from realjax.dataflow.schedule import Place
+from realjax.dataflow.schedule import Part, Place
 from realjax.functions.train import TrainState
 from realjax.models import transformer
 from realjax.models.config import ModelConfig
@@ -17,33 +20,56 @@ from realjax.parallel.sharding import parameter_shardings
 from realjax.realloc import offload
 from realjax.realloc.transfer import Traffic, reallocate
 
+PARTS: tuple[Part, ...] = ("parameters", "optimizer")
+
+
+class VersionError(RuntimeError):
+    """A call would see parameters older or newer than the graph says."""
+
+
+@dataclasses.dataclass
+class _Kept:
+    """What a role keeps between calls.
+
+    Attributes:
+        device: parts on the devices of its home.
+        host: copies of parts in host memory, made of what the role is now.
+        version: how often the role was changed.
+        step_version: what that was when the step began.
+    """
+
+    device: dict[Part, PyTree] = dataclasses.field(default_factory=dict)
+    host: dict[Part, PyTree] = dataclasses.field(default_factory=dict)
+    version: int = 0
+    step_version: int = 0
+
 
 class ParameterStore:
     """Parameters of every role.
 
     Attributes:
-        offloaded: roles that wait in host memory between their calls.
+        models: of each role.
+        homes: where each role stays.
+        resting: parts of roles, (role, part), that are in host memory between steps.
     """
 
     def __init__(
         self,
         models: Mapping[str, ModelConfig],
         homes: Mapping[str, Place],
-        offloaded: Collection[str] = (),
+        resting: Collection[tuple[str, Part]] = (),
     ):
         """Starts empty.
 
         Args:
             models: of each role.
-            homes: where each role stays; float32 masters where it is trained.
-            offloaded: roles that wait in host memory.
+            homes: where each role stays; float32 masters where it is changed.
+            resting: parts of roles that are in host memory between steps.
         """
         self.models, self.homes = models, homes
-        self.offloaded = frozenset(offloaded)
-        self._trained: dict[str, TrainState] = {}
-        self._frozen: dict[str, PyTree] = {}
-        self._host: dict[str, PyTree] = {}
-        self._copies: dict[tuple, PyTree] = {}
+        self.resting = frozenset(resting)
+        self._kept: dict[str, _Kept] = {role: _Kept() for role in homes}
+        self._copies: dict[tuple, tuple[int, PyTree]] = {}
 
     def shardings(self, role: str, place: Place) -> PyTree:
         """How the role's parameters lie at a place."""
@@ -77,14 +103,7 @@ class ParameterStore:
                         found[name] = real
         return found
 
-    def set_train_state(self, role: str, state: TrainState) -> None:
-        """Masters and optimizer state of a trained role, at its home."""
-        self._trained[role] = state
-        self._frozen.pop(role, None)
-
-    def train_state(self, role: str) -> TrainState:
-        """Masters and optimizer state of a trained role."""
-        return self._trained[role]
+    # -- what roles keep -----------------------------------------------------------
 
     def set_initial(self, role: str, parameters: PyTree) -> None:
         """Parameters a role starts from, from anywhere; cast to its home's type.
@@ -92,48 +111,154 @@ class ParameterStore:
         Those of a trained role become masters when its optimizer joins them.
         """
         home = self.homes[role]
-        self._frozen[role] = reallocate(
+        moved = reallocate(
             parameters, self.shardings(role, home), dtype=home.dtype, alias=True
         )
-        self._host.pop(role, None)
-        if role in self.offloaded:
+        self._change(role, {"parameters": moved})
+        if (role, "parameters") in self.resting:
             self.offload(role)
 
+    def set_train_state(self, role: str, state: TrainState) -> None:
+        """Masters and optimizer state of a trained role, at its home."""
+        parts: dict[Part, PyTree] = {
+            "parameters": state.parameters,
+            "optimizer": state.optimizer,
+        }
+        self._change(role, parts)
+
+    def train_state(self, role: str) -> TrainState:
+        """Masters and optimizer state of a trained role, at its home."""
+        return TrainState(*(self.reload(role, part) for part in PARTS))
+
+    def saved_state(self, role: str) -> dict[Part, PyTree]:
+        """What a checkpoint holds of a role, wherever it is now."""
+        kept = self._kept[role]
+        return {
+            part: kept.device.get(part, kept.host.get(part))
+            for part in PARTS
+            if part in kept.device or part in kept.host
+        }
+
+    def restore(self, role: str, parts: Mapping[Part, PyTree]) -> None:
+        """Takes back what `saved_state` gave, where it lay then."""
+        self._change(role, dict(parts))
+
+    def rest(self) -> None:
+        """Brings every role to where it is between steps."""
+        for role, part in self.resting:
+            self.offload(role, part)
+
     def at_home(self, role: str) -> PyTree:
-        """The role's parameters where they stay."""
-        if role in self._trained:
-            return self._trained[role].parameters
-        if role not in self._frozen:
-            self.reload(role)
-        return self._frozen[role]
+        """The role's parameters where they stay, brought there if need be."""
+        return self.reload(role)
 
-    def get(self, role: str, place: Place) -> PyTree:
-        """The role's parameters at a place they have been moved to."""
+    def offload(self, role: str, part: Part = "parameters") -> PyTree:
+        """Leaves a part in host memory; a copy of what it is now is made once."""
+        kept = self._kept[role]
+        tree = kept.device.pop(part, None)
+        if tree is not None and part not in kept.host:
+            kept.host[part] = offload.to_host(tree)
+        return kept.host.get(part)
+
+    def reload(self, role: str, part: Part = "parameters") -> PyTree:
+        """Brings a part back to its home; the copy on the host stays."""
+        kept = self._kept[role]
+        if part not in kept.device:
+            kept.device[part] = offload.to_device(kept.host[part])
+        return kept.device[part]
+
+    def follow(self, role: str, source: str, weight: float) -> PyTree:
+        """Moves a role's parameters towards another's, in float32, at its home.
+
+        Args:
+            role: that follows.
+            source: that it follows; a head that only one of them has is left alone.
+            weight: of the source.
+        """
+        leader = reallocate(
+            self.reload(source), self.shardings(role, self.homes[role]), dtype="float32"
+        )
+        mixed = jax.tree.map(
+            lambda new, old: weight * new + (1 - weight) * old,
+            leader,
+            self.reload(role),
+        )
+        self._change(role, {"parameters": mixed})
+        return mixed
+
+    # -- copies for calls ----------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Versions of the schedule count from here."""
+        for kept in self._kept.values():
+            kept.step_version = kept.version
+
+    def get(self, role: str, place: Place, version: int) -> PyTree:
+        """The role's parameters at a place they have been moved to.
+
+        Args:
+            role: whose.
+            place: where.
+            version: how often the role was changed since the step began.
+
+        Raises:
+            VersionError: they are of another version.
+        """
+        kept = self._kept[role]
         if place.key == self.homes[role].key:
-            return self.at_home(role)
-        return self._copies[role, place.key]
+            found, parameters = kept.version, self.reload(role)
+        else:
+            found, parameters = self._copies[role, place.key]
+        self._check_version(role, place, found - kept.step_version, version)
+        return parameters
 
-    def move(self, role: str, place: Place, traffic: Traffic) -> PyTree:
-        """Copies the role's parameters from its home to a place."""
+    def move(
+        self, role: str, place: Place, traffic: Traffic, *, version: int | None = None
+    ) -> PyTree:
+        """Copies the role's parameters from its home to a place.
+
+        Args:
+            role: whose.
+            place: where to.
+            traffic: counts what moves; added to.
+            version: how often the role was changed since the step began; None takes
+                what there is.
+
+        Raises:
+            VersionError: the home holds another version.
+        """
+        kept = self._kept[role]
+        if version is not None:
+            self._check_version(
+                role, self.homes[role], kept.version - kept.step_version, version
+            )
         copy = reallocate(
             self.at_home(role),
             self.shardings(role, place),
             dtype=place.dtype,
             traffic=traffic,
         )
-        self._copies[role, place.key] = copy
+        self._copies[role, place.key] = kept.version, copy
         return copy
 
     def release(self, role: str, place: Place) -> None:
         """Drops the role's copy at a place."""
         del self._copies[role, place.key]
 
-    def offload(self, role: str) -> None:
-        """Leaves the role in host memory; the host copy is made once."""
-        parameters = self._frozen.pop(role)
-        if role not in self._host:
-            self._host[role] = jax.block_until_ready(offload.to_host(parameters))
+    def _change(self, role: str, parts: dict[Part, PyTree]) -> None:
+        """Takes new parts; host copies of the old ones are of no use any more."""
+        kept = self._kept[role]
+        kept.version += 1
+        for part, tree in parts.items():
+            is_on_host = jax.tree.leaves(tree) and offload.is_on_host(tree)
+            kept.device.pop(part, None)
+            kept.host.pop(part, None)
+            (kept.host if is_on_host else kept.device)[part] = tree
 
-    def reload(self, role: str) -> None:
-        """Brings the role back to its home."""
-        self._frozen[role] = offload.to_device(self._host[role])
+    def _check_version(self, role: str, place: Place, found: int, needed: int) -> None:
+        if found != needed:
+            raise VersionError(
+                f"The {role} at {place} was changed {found} times in this step, and the"
+                f" call that reads it there needs it after {needed} changes. Move it"
+                " anew: a step's schedule does so, parameters set in between do not."
+            )

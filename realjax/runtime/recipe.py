@@ -25,7 +25,7 @@ from realjax.dataflow.plan import ExecutionPlan
 from realjax.runtime import run as run_lib
 from realjax.runtime import trainer
 from realjax.runtime.console import Console
-from realjax.runtime.run import RunConfig
+from realjax.runtime.run_config import RunConfig
 from realjax.runtime.trainer import TrainResult
 from realjax.runtime.workdir import make_workdir
 

@@ -6,8 +6,8 @@ compiles.
 
 import contextlib
 import dataclasses
+import functools
 import importlib
-import importlib.util
 import pkgutil
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,116 +16,20 @@ from typing import Any
 import jax
 
 from realjax.core.config import suggest, to_dataclass
-from realjax.data.datasets import DataConfig, Dataset, load_dataset
+from realjax.data.datasets import Dataset, load_dataset
 from realjax.data.tokenizer import Tokenizer
 from realjax.dataflow.graph import DataflowGraph, ModelFunctionCall
 from realjax.dataflow.plan import ExecutionPlan, make_plan
-from realjax.dataflow.schedule import home_places
-from realjax.functions.function import Generate, Infer, Score, Train
-from realjax.functions.role import Role, RoleConfig
-from realjax.functions.score import RewardFunction, RewardWorkers
+from realjax.dataflow.schedule import home_places, resting_on_host
+from realjax.functions.function import Follow, Generate, Infer, Score, Train
+from realjax.functions.role import Role
+from realjax.functions.score import RewardWorkers
 from realjax.models import hf, transformer
 from realjax.models.config import ModelConfig
-from realjax.parallel.sharding import check_fit, padded_for
-from realjax.runtime.checkpoint import CheckpointConfig
+from realjax.parallel.sharding import check_fit, handles, padded_for
+from realjax.planner.memory import streamed_roles
 from realjax.runtime.parameters import ParameterStore
-from realjax.runtime.profile import profiled_steps
-
-
-def _check_least(config: Any, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(
-                f"{name} is {getattr(config, name)}; it must be at least {least}."
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """When the held-out data is measured.
-
-    Attributes:
-        every_steps: 0 means only where the next two say.
-        at_start, at_end: before the first step; after the last.
-        num_samples: completions shown in the log and the report.
-        rewards: Python functions that score held-out completions besides, to be
-            reported only.
-    """
-
-    every_steps: int = 0
-    at_start: bool = True
-    at_end: bool = True
-    num_samples: int = 8
-    rewards: tuple[RewardFunction, ...] = ()
-
-    def __post_init__(self):
-        """Refuses counts below 0."""
-        _check_least(self, 0, "every_steps", "num_samples")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Everything that decides a run.
-
-    Attributes:
-        algorithm: "sft", "reward_model", "ppo", or the dotted name of a user's module.
-        hp: its hyperparameters.
-        roles: by name.
-        data: training and held-out files.
-        steps: of the run; 0 takes them from `epochs`.
-        epochs: passes over the training data.
-        seed: of initial weights, data order, sampling and minibatches.
-        allocation: of every call not named in `allocations`; "" is data parallel over
-            all devices.
-        allocations: by call, as in `allocations.rollout = "t4@0-3"`.
-        allocations_devices: how many devices `allocations` is written for; with fewer
-            it is left aside.
-        rows: by call: packed rows of a microbatch, or completions of a wave.
-        microbatch_tokens: where `rows` does not say; 0 is 2048, or on GPU 16384 times
-            the data shards.
-        evaluation: when held-out data is measured.
-        checkpoint: when and how much is saved.
-        benchmark_steps: stop after so many steps and print medians per call.
-        profile_steps: "3:5" traces steps 3 and 4.
-        max_nonfinite: stop after so many updates skipped for a non-finite gradient.
-        tensorboard: whether to write its event files.
-        wandb_project: Weights & Biases project, when the package is installed.
-    """
-
-    algorithm: str = ""
-    hp: dict[str, Any] = dataclasses.field(default_factory=dict)
-    roles: dict[str, RoleConfig] = dataclasses.field(default_factory=dict)
-    data: DataConfig = DataConfig()
-    steps: int = 0
-    epochs: int = 1
-    seed: int = 0
-    allocation: str = ""
-    allocations: dict[str, str] = dataclasses.field(default_factory=dict)
-    allocations_devices: int = 0
-    rows: dict[str, int] = dataclasses.field(default_factory=dict)
-    microbatch_tokens: int = 0
-    evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig(every_minutes=15.0)
-    benchmark_steps: int = 0
-    profile_steps: str = ""
-    max_nonfinite: int = 10
-    tensorboard: bool = True
-    wandb_project: str = ""
-
-    def __post_init__(self):
-        """Refuses counts that mean nothing, and a package that is not there."""
-        names = ("steps", "seed", "allocations_devices", "microbatch_tokens")
-        _check_least(self, 0, *names, "benchmark_steps", "max_nonfinite")
-        _check_least(self, 1, "epochs")
-        profiled_steps(self.profile_steps)
-        for name, rows in self.rows.items():
-            if rows < 0:
-                raise ValueError(f"rows.{name} is {rows}; it must be at least 0.")
-        if self.wandb_project and importlib.util.find_spec("wandb") is None:
-            raise ValueError(
-                f"wandb_project is {self.wandb_project!r} and the package `wandb` is "
-                "not installed: `pip install wandb`, or leave the project empty."
-            )
+from realjax.runtime.run_config import RunConfig
 
 
 def load_algorithm(name: str) -> types.ModuleType:
@@ -180,6 +84,7 @@ def plan_for(config: RunConfig, graph: DataflowGraph, num_devices: int):
         rows=config.rows,
         microbatch_tokens=config.microbatch_tokens
         or (2048 if on_cpu else 16384 * num_devices),
+        offloaded=[name for name, role in config.roles.items() if role.offload],
     )
 
 
@@ -343,13 +248,9 @@ def load_parameters(run: Run) -> ParameterStore:
     """Weights of every role, each straight to where it stays."""
     dtypes = {name: role.dtype for name, role in run.roles.items()}
     homes = home_places(run.graph, run.plan, dtypes)
-    offloaded = [
-        name
-        for name, role in run.roles.items()
-        if role.config.offload and not role.is_trained
-    ]
     models = {name: role.model for name, role in run.roles.items()}
-    store = ParameterStore(models, homes, offloaded)
+    resting = resting_on_host(run.graph, run.plan, streamed_roles(run.roles))
+    store = ParameterStore(models, homes, resting)
     for index, (name, role) in enumerate(run.roles.items()):
         shardings = store.shardings(name, homes[name])
         key = jax.random.fold_in(jax.random.key(run.config.seed), index)
@@ -362,12 +263,19 @@ def load_parameters(run: Run) -> ParameterStore:
                 key=key,
             )
         else:
-            init = jax.jit(
-                transformer.init_parameters, static_argnums=0, out_shardings=shardings
-            )
-            parameters = init(role.model, key)
+            parameters = _initial_parameters(role.model, key, shardings)
         store.set_initial(name, parameters)
     return store
+
+
+def _initial_parameters(model: ModelConfig, key, shardings):
+    """Random weights, made where they shall lie."""
+    init = functools.partial(transformer.init_parameters, model)
+    first = jax.tree.leaves(shardings)[0]
+    if first.addressable_devices:
+        return jax.jit(init, out_shardings=shardings)(key)
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return handles(jax.tree.map(place, jax.eval_shape(init, key), shardings))
 
 
 def _one_tokenizer(config: RunConfig, graph: DataflowGraph) -> Tokenizer:
@@ -458,6 +366,13 @@ def _needed_head(role: str, graph: DataflowGraph) -> Any:
                 heads.add("language")
             case Infer(output=output) | Train(output=output):
                 heads.add("language" if output == "logprobs" else "scalar")
+    if not heads:  # It follows another role, and that is all.
+        (source,) = {
+            node.function.source
+            for node in graph.of(role)
+            if isinstance(node.function, Follow)
+        }
+        return _needed_head(source, graph)
     if len(heads) != 1:
         raise ValueError(
             f"The calls of role {role!r} read both a language and a scalar head; a "

@@ -20,17 +20,18 @@ from realjax.core.timing import Rate
 from realjax.data.loader import Loader
 from realjax.dataflow.draw import graph_svg
 from realjax.functions.function import Generate
-from realjax.functions.train import TrainState
 from realjax.models import hf
-from realjax.runtime import named_arrays, report
+from realjax.runtime import cluster, named_arrays, report
 from realjax.runtime.checkpoint import Checkpointer
 from realjax.runtime.console import Console
 from realjax.runtime.evaluation import Evaluation, evaluate
 from realjax.runtime.executor import Executor
 from realjax.runtime.measures import to_numbers
+from realjax.runtime.memory import fits_function, run_account
 from realjax.runtime.model import Model
 from realjax.runtime.profile import Profiler
-from realjax.runtime.run import Run, RunConfig, load_parameters, prepare
+from realjax.runtime.run import Run, load_parameters, prepare
+from realjax.runtime.run_config import RunConfig
 from realjax.runtime.workdir import claim_workdir
 
 WARM_UP_STEPS = 2
@@ -80,10 +81,12 @@ def train(
             before anything compiles.
         NonFiniteError: training diverged; the last checkpoint is untouched.
     """
-    run = prepare(config, algorithm)
-    trainer = Trainer(run, pathlib.Path(workdir), console or Console())
-    with contextlib.closing(trainer):
-        return trainer.train()
+    console = console or Console(is_quiet=jax.process_index() > 0)
+    with cluster.telling_failures():
+        run = prepare(config, algorithm)
+        trainer = Trainer(run, pathlib.Path(workdir), console)
+        with contextlib.closing(trainer):
+            return trainer.train()
 
 
 class Trainer:
@@ -92,7 +95,10 @@ class Trainer:
     def __init__(self, run: Run, workdir: pathlib.Path, console: Console):
         """Claims the folder, loads weights or the last checkpoint."""
         self.run, self.workdir, self.console = run, workdir, console
-        self.profiler = Profiler(run.config.profile_steps, workdir)
+        # Processes share the folder; what belongs to all of them, the first one writes.
+        self.is_first = jax.process_index() == 0
+        own = workdir if self.is_first else workdir / f"process{jax.process_index()}"
+        self.profiler = Profiler(run.config.profile_steps, own)
         self.step = self.num_nonfinite = 0
         self.stop_signal: int | None = None
         self.samples: dict[str, list[dict]] = {}
@@ -107,20 +113,15 @@ class Trainer:
             claim_workdir(
                 self.workdir,
                 run.fingerprint(),
+                is_writer=self.is_first,
                 has_begun=lambda: any(checkpoints.glob("[0-9]*")),
             )
         )
         self.checkpointer = opened.enter_context(
             Checkpointer(checkpoints, keep=config.checkpoint.keep)
         )
-        self.loader = Loader(
-            run.train_data,
-            batch_size=config.data.batch_size,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            num_epochs=0 if config.steps else config.epochs,
-        )
         self.console.print(f"plan\n{run.plan.table()}")
+        run_account(run).check()
         self.executor = Executor(
             run.graph,
             run.plan,
@@ -130,13 +131,24 @@ class Trainer:
             optimizer_steps=run.optimizer_steps,
             seed=config.seed,
             width=run.width,
+            fits=fits_function(run),
         )
         opened.callback(self.executor.close)
+        size = config.data.batch_size
+        self.loader = Loader(
+            run.train_data,
+            batch_size=size,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            num_epochs=0 if config.steps else config.epochs,
+            rows=self.executor.calls.rows_here(size * run.train_data.rows_per_record),
+        )
         store = self.executor.store
         for role in run.graph.trained_roles:
-            program = self.executor.train_program(role)
+            program = self.executor.programs.train_program(role)
             store.set_train_state(role, program.init_optimizer(store.at_home(role)))
         self._restore()
+        store.rest()
         self._first_step = self.step
         self.metrics = self._metrics_writers()
         opened.callback(self.metrics.close)
@@ -162,12 +174,11 @@ class Trainer:
                     self.metrics.write(0, self._evaluate("before training"))
             while self.step < last and self.stop_signal is None:
                 is_epoch_end, num_epochs = self._step(rate)
-                minutes = (time.monotonic() - self._saved_seconds) / 60
                 if self.step == last or config.checkpoint.is_due(
                     step=self.step,
                     epoch=num_epochs,
                     is_epoch_end=is_epoch_end,
-                    minutes_since_save=minutes,
+                    minutes_since_save=self._minutes_since_save,
                 ):
                     self._save()
             if self.step and self.stop_signal is not None:
@@ -195,18 +206,19 @@ class Trainer:
         step, watch = self.step + 1, self.executor.watch
         with self.profiler.step(step, self.executor), self.console.waves() as on_wave:
             found, buffer = self.executor.run(batch, step=step, on_wave=on_wave)
-            numbers = to_numbers(found)
+            own = to_numbers(found)
             watch.wait()
         # A save has had this step's time. Were it still under way when later steps are
         # done, a kill would cost more than the steps between two saves.
         self.checkpointer.wait()
         self.step = step
-        numbers |= self._performance(buffer, time.perf_counter() - begin)
-        numbers |= {
+        own |= self._performance(buffer, time.perf_counter() - begin)
+        own |= {
             f"timing_s/{event.name}": event.seconds
             for event in watch.timeline.take()
             if event.kind in ("call", "host") and event.step == step
         }
+        numbers = self._agree(own)
         rate.update(tokens=numbers["num_tokens"])
         self.console.step(step, self.run.steps, epoch, numbers, rate)
         if self._evaluation_is_due():
@@ -215,6 +227,25 @@ class Trainer:
         self._check_finite(numbers)
         position = int(self.loader.state()["position"])
         return is_epoch_end, position // len(self.run.train_data)
+
+    def _agree(self, numbers: dict[str, float]) -> dict[str, float]:
+        """What all processes know after a step, so that they decide alike.
+
+        Each has the metrics of the calls it ran; a signal may have come to one of them
+        alone, and their clocks differ.
+        """
+        minutes = (time.monotonic() - self._saved_seconds) / 60
+        found = cluster.gather(
+            f"step/{self.step}",
+            {"numbers": numbers, "stop": self.stop_signal, "minutes": minutes},
+        )
+        self._minutes_since_save = found[0]["minutes"]
+        signals = [one["stop"] for one in found if one["stop"] is not None]
+        self.stop_signal = signals[0] if signals else None
+        merged: dict[str, float] = {}
+        for one in found:
+            merged = one["numbers"] | merged
+        return merged
 
     def _evaluation_is_due(self) -> bool:
         config = self.run.config
@@ -288,12 +319,11 @@ class Trainer:
     def _state(self) -> dict[str, PyTree]:
         store = self.executor.store
         states = {
-            role: store.train_state(role)._asdict()
-            for role in self.run.graph.trained_roles
+            role: store.saved_state(role) for role in self.run.graph.changed_roles
         }
         return states | {
             f"state_{name}": state
-            for name, state in self.executor.transform_states.items()
+            for name, state in self.executor.calls.transform_states.items()
         }
 
     def _save(self, *, export: bool = True) -> None:
@@ -329,11 +359,10 @@ class Trainer:
         )
         real = self.executor.store.real_shapes(named_arrays.flatten(abstract))
         found = self.checkpointer.restore_latest(abstract, real=real)
-        for role in self.run.graph.trained_roles:
-            state = TrainState(**found.arrays[role])
-            self.executor.store.set_train_state(role, state)
-        for name in self.executor.transform_states:
-            self.executor.transform_states[name] = found.arrays[f"state_{name}"]
+        for role in self.run.graph.changed_roles:
+            self.executor.store.restore(role, found.arrays[role])
+        for name in self.executor.calls.transform_states:
+            self.executor.calls.transform_states[name] = found.arrays[f"state_{name}"]
         self.step = found.step
         self.loader.restore(found.metadata["loader"])
         self.num_nonfinite = found.metadata["num_nonfinite"]
@@ -341,19 +370,19 @@ class Trainer:
         self.console.print(f"resumed from the checkpoint of step {self.step}")
 
     def _export(self) -> None:
-        """Trained roles as Hugging Face folders."""
-        for role in self.run.graph.trained_roles:
+        """Trained roles, and those that follow them, as Hugging Face folders."""
+        for role in self.run.graph.changed_roles:
             hf.save(
                 self._export_folder(role),
                 self.run.roles[role].model,
-                self.executor.store.train_state(role).parameters,
+                self.executor.store.saved_state(role)["parameters"],
                 tokenizer=self.run.tokenizer,
                 role=role,
             )
 
     def _tell_exports(self) -> None:
         """Where the exports are; writes those that are not there."""
-        folders = {r: self._export_folder(r) for r in self.run.graph.trained_roles}
+        folders = {r: self._export_folder(r) for r in self.run.graph.changed_roles}
         if not all(folder.exists() for folder in folders.values()):
             self._export()
         for role, folder in folders.items():
@@ -366,6 +395,8 @@ class Trainer:
 
     def _metrics_writers(self) -> metrics_lib.Fanout:
         config, path = self.run.config, self.workdir / "metrics.jsonl"
+        if not self.is_first:
+            return metrics_lib.Fanout([])
         is_new = not path.exists()
         writers: list[Any] = [metrics_lib.JsonLines(path)]
         if config.tensorboard:
@@ -407,7 +438,10 @@ class Trainer:
 
     def _finish(self, benchmark: int) -> None:
         """Medians of a benchmark, and the report page."""
+        cluster.barrier(f"end/{self.step}")
         columns = metrics_lib.read_metrics(self.workdir / "metrics.jsonl")
+        if not self.is_first:
+            return
         if benchmark:
             self.console.medians(
                 {

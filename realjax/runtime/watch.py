@@ -2,7 +2,8 @@
 
 A thread waits for the outputs of every call in the order they were issued. A call
 began when it was issued, or when the last call before it that shares a device ended,
-whichever was later.
+whichever was later. Offloads and reloads are not calls: they go beside them, and begin
+when they are issued; another thread waits for those.
 """
 
 import concurrent.futures
@@ -36,9 +37,10 @@ class Watch:
     """
 
     def __init__(self, timeline: Timeline | None = None):
-        """Starts the thread."""
+        """Starts the threads."""
         self.timeline = timeline or Timeline()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "watch")
+        self._beside = concurrent.futures.ThreadPoolExecutor(1, "watch-offload")
         self._pending: list[concurrent.futures.Future] = []
         self._free: dict[int, float] = {}
 
@@ -57,8 +59,9 @@ class Watch:
         begin, outputs = time.perf_counter(), Outputs()
         yield outputs
         issued = time.perf_counter()
+        thread = self._beside if kind == "offload" else self._thread
         self._pending.append(
-            self._thread.submit(
+            thread.submit(
                 self._observe, name, tuple(devices), begin, issued, outputs, step, kind
             )
         )
@@ -67,9 +70,11 @@ class Watch:
         jax.block_until_ready(outputs.arrays)
         outputs.arrays.clear()
         end = time.perf_counter() if devices else issued
-        start = max([begin, *(self._free.get(device, 0.0) for device in devices)])
-        for device in devices:
-            self._free[device] = end
+        start = begin
+        if kind != "offload":
+            start = max([begin, *(self._free.get(device, 0.0) for device in devices)])
+            for device in devices:
+                self._free[device] = end
         self.timeline.add(name, min(start, end), end, devices, kind, step=step)
 
     def wait(self) -> None:
@@ -79,5 +84,6 @@ class Watch:
             future.result()
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the threads."""
+        self._beside.shutdown(wait=True, cancel_futures=True)
         self._thread.shutdown(wait=True, cancel_futures=True)

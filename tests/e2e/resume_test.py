@@ -183,7 +183,7 @@ def test_a_checkpoint_brings_back_all_that_changes_in_a_run(world, whole, halfwa
     saved = saved_arrays(whole.workdir, 4)
     check_same_arrays(arrays_of(trainer), saved)
     # The coefficient has adapted, and the normaliser has seen value targets.
-    state = trainer.executor.transform_states["advantages"]
+    state = trainer.executor.calls.transform_states["advantages"]
     assert abs(float(state["kl_coef"]) - 0.1) > 1e-4
     # Four batches, each weighing 0.99995 of the next: 1 + 0.99995 + … = 3.9997.
     assert float(state["values"].weight) == pytest.approx(3.9997, abs=1e-5)

@@ -18,7 +18,7 @@ import realjax
 from realjax.core.config import to_dataclass
 from realjax.models import hf
 from realjax.runtime.console import Console
-from realjax.runtime.run import RunConfig
+from realjax.runtime.run_config import RunConfig
 from realjax.testing import tiny_model, tiny_parameters, tiny_tokenizer
 
 NUM_PROMPTS, NUM_VALID, BATCH, SAVE_EVERY = 26, 6, 8, 2

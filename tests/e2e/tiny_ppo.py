@@ -11,7 +11,7 @@ import numpy as np
 from realjax.algorithms import ppo
 from realjax.core.batch import Batch
 from realjax.dataflow.plan import make_plan
-from realjax.dataflow.schedule import home_places
+from realjax.dataflow.schedule import home_places, resting_on_host
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import Role, RoleConfig
 from realjax.models.transformer import abstract_parameters
@@ -97,6 +97,7 @@ def make_executor(hp, allocations, *, rows=None, offload=(), model=MODEL):
         allocations=allocations,
         rows=rows,
         microbatch_tokens=2 * WIDTH,
+        offloaded=offload,
     )
     roles = roles_of(graph, plan, offload, model)
     models = {name: role.model for name, role in roles.items()}
@@ -105,7 +106,7 @@ def make_executor(hp, allocations, *, rows=None, offload=(), model=MODEL):
         graph,
         plan,
         roles,
-        ParameterStore(models, homes, offload),
+        ParameterStore(models, homes, resting_on_host(graph, plan)),
         tokenizer=tiny_tokenizer(),
         optimizer_steps=dict.fromkeys(graph.calls, 40),
         seed=0,
@@ -115,8 +116,9 @@ def make_executor(hp, allocations, *, rows=None, offload=(), model=MODEL):
     for name, config in models.items():
         store.set_initial(name, parameters_of(config, SEEDS[name]))
     for role in graph.trained_roles:
-        program = executor.train_program(role)
+        program = executor.programs.train_program(role)
         store.set_train_state(role, program.init_optimizer(store.at_home(role)))
+    store.rest()
     return executor
 
 
@@ -201,12 +203,12 @@ class Observer:
             "train_critic": "_accumulate",
         }.items():
             size = SIZE if name == "rollout" else 0
-            self._record(executor._program(name, size), attribute, name)
+            self._record(executor.programs.get(name, size), attribute, name)
 
-    def move_parameters(self, role, place, traffic):
+    def move_parameters(self, role, place, traffic, **options):
         source = self.executor.store.at_home(role)
         with jax.transfer_guard_host_to_device("disallow_explicit"):
-            copy = self._move(role, place, traffic)
+            copy = self._move(role, place, traffic, **options)
         least = jax.tree.map(
             lambda old, new: least_bytes(old, new.sharding), source, copy
         )
@@ -277,5 +279,5 @@ def masters(executor):
 
 def share_programs(executor, other, names):
     """Spares a second tracing: programs depend on call and allocation alone."""
-    shared = {k: v for k, v in other._programs.items() if k[0] in names}
-    executor._programs.update(shared)
+    shared = {k: v for k, v in other.programs.made.items() if k[0] in names}
+    executor.programs.made.update(shared)

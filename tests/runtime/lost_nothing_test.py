@@ -15,7 +15,8 @@ from realjax.core.config import to_dataclass
 from realjax.core.metrics import read_metrics
 from realjax.functions.score import RewardError, RewardFunction
 from realjax.runtime.checkpoint import Checkpointer, MismatchedCheckpointError
-from realjax.runtime.run import RunConfig, prepare
+from realjax.runtime.run import prepare
+from realjax.runtime.run_config import RunConfig
 from realjax.runtime.workdir import WorkdirError, claim_workdir
 from tests.runtime.small_world import (
     contents,

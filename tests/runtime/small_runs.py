@@ -13,7 +13,7 @@ from realjax.functions.role import RoleConfig
 from realjax.runtime import trainer
 from realjax.runtime.checkpoint import CheckpointConfig, Checkpointer
 from realjax.runtime.console import Console
-from realjax.runtime.run import EvaluationConfig, RunConfig
+from realjax.runtime.run_config import EvaluationConfig, RunConfig
 from realjax.testing import TINY, tiny_tokenizer
 
 MODEL = TINY | {"num_layers": 1, "width": 16}

@@ -24,7 +24,7 @@ from realjax.runtime.checkpoint import CheckpointConfig
 from realjax.runtime.console import Console
 from realjax.runtime.executor import Executor
 from realjax.runtime.profile import Profiler
-from realjax.runtime.run import EvaluationConfig, RunConfig
+from realjax.runtime.run_config import EvaluationConfig, RunConfig
 from realjax.runtime.trainer import NonFiniteError
 from realjax.runtime.watch import Watch
 from realjax.runtime.workdir import WorkdirError

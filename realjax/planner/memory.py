@@ -1,0 +1,271 @@
+"""How much memory an execution plan takes, from shapes alone.
+
+What roles keep and copies of it are counted exactly: they are arrays whose shardings
+are known. What a call works with (activations, caches, gradients) is estimated from
+the sizes of the model: `tests/gpu_compile_test.py` holds it against what XLA gives to
+8B programs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from realjax.dataflow import schedule as schedule_lib
+from realjax.dataflow.account import Account, Sizes, account
+from realjax.dataflow.graph import DataflowGraph
+from realjax.dataflow.plan import ExecutionPlan
+from realjax.functions.function import Generate, Train
+from realjax.functions.role import Role
+from realjax.models import transformer
+from realjax.models.config import ModelConfig
+from realjax.parallel.allocation import Allocation
+from realjax.parallel.mesh import abstract_mesh
+from realjax.parallel.sharding import bytes_per_device
+from realjax.rl.sampling import kept_width
+
+HEAD_CHUNK_TOKENS = 2**13
+"""Tokens whose logits exist at the same time while log-probabilities are computed."""
+
+PIECES = 0.25
+"""The most that is on its way at the same time, of a copy: reallocation keeps to it."""
+
+MOMENTS = 2
+"""Arrays like the masters that the optimizer keeps: Adam's two."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """The shapes of a step.
+
+    Attributes:
+        num_rows: of a batch of the data set.
+        width: T, tokens of a sequence.
+        prompt_width: tokens of a prompt; 0 where nothing is generated.
+    """
+
+    num_rows: int
+    width: int
+    prompt_width: int = 0
+
+
+def memory_account(
+    graph: DataflowGraph,
+    plan: ExecutionPlan,
+    roles: Mapping[str, Role],
+    work: Work,
+    *,
+    limit_bytes: int = 0,
+) -> Account:
+    """Make a plan's schedule and count what every device holds at every step of it.
+
+    Nothing is refused here: ask `Account.fits`, or let `Account.check` say why not.
+
+    Args:
+        graph: of the algorithm.
+        plan: allocations.
+        roles: models, types and optimizers, by name.
+        work: shapes of a step.
+        limit_bytes: of a device. The schedule issues copies as early as it allows; 0
+            is not known.
+    """
+    count = account_counter(graph, plan, roles, work, limit_bytes=limit_bytes)
+    steps = schedule_lib.make_schedule(
+        graph,
+        plan,
+        {name: role.dtype for name, role in roles.items()},
+        streamed=streamed_roles(roles),
+        fits=(lambda steps: count(steps).fits) if limit_bytes else None,
+    )
+    return count(steps)
+
+
+def account_counter(
+    graph: DataflowGraph,
+    plan: ExecutionPlan,
+    roles: Mapping[str, Role],
+    work: Work,
+    *,
+    limit_bytes: int = 0,
+) -> Callable[[Sequence[schedule_lib.Step]], Account]:
+    """Return the function that counts for any schedule of a plan; see above."""
+    sizes = memory_sizes(graph, plan, roles, work)
+    dtypes = {name: role.dtype for name, role in roles.items()}
+    homes = schedule_lib.home_places(graph, plan, dtypes)
+    return lambda steps: account(
+        steps, graph, plan, homes, sizes, limit_bytes=limit_bytes
+    )
+
+
+def memory_sizes(
+    graph: DataflowGraph, plan: ExecutionPlan, roles: Mapping[str, Role], work: Work
+) -> Sizes:
+    """Count the bytes of everything a plan's schedule moves or works with.
+
+    Args:
+        graph: of the algorithm.
+        plan: allocations.
+        roles: models, types and optimizers, by name.
+        work: shapes of a step.
+    """
+    dtypes = {name: role.dtype for name, role in roles.items()}
+    homes = schedule_lib.home_places(graph, plan, dtypes)
+    parts, copies, moving = {}, {}, {}
+    working, batch = {}, {}
+    for name, home in homes.items():
+        parts[name, "parameters"] = _parameter_bytes(
+            roles[name].model, home.allocation, home.dtype
+        )
+        parts[name, "optimizer"] = MOMENTS * _cut_bytes(
+            roles[name].model, home.allocation
+        )
+    num_rows = work.num_rows
+    for name in graph.order():
+        node = graph.calls[name]
+        if name not in plan.calls:
+            continue
+        allocation = plan.calls[name].allocation
+        if isinstance(node.function, Generate):
+            num_rows *= node.function.completions_per_prompt
+        batch[name] = _batch_bytes(graph, name, roles, num_rows, work, allocation)
+        if node.role is None:
+            continue
+        place = schedule_lib.place_of(graph, plan, dtypes, name)
+        if place.key != homes[node.role].key:
+            key = (node.role, place.key)
+            copies[key] = _parameter_bytes(
+                roles[node.role].model, allocation, place.dtype
+            )
+            moving[key] = int(PIECES * copies[key])
+        working[name] = _working_bytes(plan, name, node, roles, num_rows, work)
+    return Sizes(
+        parts=parts,
+        copies=copies,
+        moving=moving,
+        working=working,
+        batch=batch,
+        streamed=streamed_roles(roles),
+    )
+
+
+def streamed_roles(roles: Mapping[str, Role]) -> frozenset[str]:
+    """Roles whose moments stay in host memory all the time."""
+    return frozenset(
+        name
+        for name, role in roles.items()
+        if role.is_trained and role.config.optimizer.offload
+    )
+
+
+def _parameter_bytes(model: ModelConfig, allocation: Allocation, dtype: str) -> int:
+    return bytes_per_device(
+        transformer.abstract_parameters(model),
+        abstract_mesh(allocation),
+        dtype=jax.numpy.dtype(dtype),
+        options=allocation.options,
+    )
+
+
+def _cut_bytes(model: ModelConfig, allocation: Allocation) -> int:
+    """Of float32 arrays like the parameters, cut over fsdp also with zero1."""
+    tree, mesh = transformer.abstract_parameters(model), abstract_mesh(allocation)
+    return bytes_per_device(tree, mesh, dtype=np.float32)
+
+
+def _batch_bytes(graph, name, roles, num_rows, work, allocation: Allocation) -> int:
+    node = graph.calls[name]
+    shards = allocation.num_row_shards
+    num_tokens = -(-num_rows // shards) * work.width
+    keys: Collection[str] = {*node.reads, *node.writes}
+    size = 4 * num_tokens * len(keys)
+    for writer in graph.calls.values():
+        if isinstance(writer.function, Generate) and writer.key("kept") in keys:
+            vocab_size = roles[writer.role].model.vocab_size
+            form = kept_width(writer.function.sampling, vocab_size)
+            size += 4 * num_tokens * (form[1] if form else 0)
+    return size
+
+
+def _working_bytes(plan, name, node, roles, num_rows: int, work: Work) -> int:
+    """What a call of a role needs beside parameters, moments and the batch."""
+    role, allocation = roles[node.role], plan.calls[name].allocation
+    model, itemsize = role.model, jax.numpy.dtype(role.dtype).itemsize
+    if isinstance(node.function, Generate):
+        rows = min(plan.calls[name].rows or num_rows, num_rows)
+        rows = -(-rows // allocation.num_row_shards)
+        return _generate_bytes(node.function, model, allocation, itemsize, rows, work)
+    if node.is_following:
+        return _parameter_bytes(model, allocation, "float32")
+    rows = plan.num_rows(name, max_rows=num_rows, row_length=work.width)
+    num_tokens = rows // allocation.num_row_shards * work.width // allocation.stage
+    size = 2 * _layer_bytes(model, allocation, itemsize, num_tokens)
+    size += _gathered_bytes(model, allocation, itemsize)
+    size += _head_bytes(model, allocation, itemsize, num_tokens)
+    if isinstance(node.function, Train):
+        layers = -(-model.padded_num_layers // allocation.stage)
+        kept = _kept_bytes(model, allocation, itemsize, num_tokens, role.config.remat)
+        # Every microbatch that is under way in a pipeline keeps its own.
+        size += kept * layers * allocation.stage
+        # The sums over the minibatch, and the gradient of this microbatch.
+        size += 2 * _cut_bytes(model, allocation)
+        if role.config.optimizer.offload:
+            layer = MOMENTS * _cut_bytes(model, allocation) // model.padded_num_layers
+            size += 2 * layer
+    return size
+
+
+def _generate_bytes(spec, model, allocation, itemsize, rows, work: Work) -> int:
+    slots = work.prompt_width + spec.sampling.max_new_tokens
+    heads = math.lcm(model.num_kv_heads, allocation.tensor) // allocation.tensor
+    cache = 2 * model.padded_num_layers * rows * heads * slots * model.head_dim
+    logits = rows * model.padded_vocab_size // allocation.tensor
+    tokens = rows * work.prompt_width
+    prefill = 2 * _layer_bytes(model, allocation, itemsize, tokens)
+    gathered = _gathered_bytes(model, allocation, itemsize)
+    return cache * itemsize + 3 * 4 * logits + prefill + gathered
+
+
+def _layer_bytes(model, allocation, itemsize: int, num_tokens: int) -> int:
+    """What one layer computes for some tokens: attention, then feed-forward."""
+    heads = 2 * model.num_heads + 2 * model.num_kv_heads
+    experts = model.moe.top_k if model.moe else 1
+    mlp = experts * (3 if model.is_gated else 2) * model.mlp_width
+    cut = (heads * model.head_dim + mlp) // allocation.tensor
+    return num_tokens * (2 * experts * model.width + cut) * itemsize
+
+
+def _kept_bytes(model, allocation, itemsize: int, num_tokens: int, remat: str) -> int:
+    """What one layer keeps for its backward pass."""
+    if remat == "none":
+        return _layer_bytes(model, allocation, itemsize, num_tokens)
+    values = {"block": model.width, "offload": 0}.get(remat)
+    if values is None:  # "dots": what matrix products give.
+        experts = model.moe.top_k if model.moe else 1
+        heads = model.num_heads + 2 * model.num_kv_heads
+        mlp = experts * (2 if model.is_gated else 1) * model.mlp_width
+        values = (heads * model.head_dim + mlp) // allocation.tensor
+        values += (1 + experts) * model.width
+    return num_tokens * values * itemsize
+
+
+def _gathered_bytes(model, allocation: Allocation, itemsize: int) -> int:
+    """Two layers whose weights are gathered over fsdp, in the type of the products."""
+    if allocation.fsdp == 1:
+        return 0
+    layers = transformer.abstract_parameters(model)["layers"]
+    count = sum(
+        math.prod(leaf.shape[1:])
+        for leaf in jax.tree.leaves(layers, is_leaf=lambda n: hasattr(n, "axes"))
+    )
+    return 2 * count * itemsize // (allocation.tensor * allocation.expert)
+
+
+def _head_bytes(model, allocation: Allocation, itemsize: int, num_tokens: int) -> int:
+    """Logits of a chunk and their gradient; the hidden states and theirs."""
+    hidden = 2 * num_tokens * model.width * itemsize
+    if model.head != "language":
+        return hidden
+    vocab = model.padded_vocab_size // (allocation.tensor * allocation.stage)
+    return hidden + 2 * 4 * min(num_tokens, HEAD_CHUNK_TOKENS) * vocab

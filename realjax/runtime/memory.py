@@ -1,0 +1,47 @@
+"""Whether a run fits into its devices, worked out before anything is loaded."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+
+from realjax.dataflow.account import GIB, Account
+from realjax.dataflow.schedule import Step
+from realjax.planner.memory import Work, account_counter, memory_account
+from realjax.runtime.run import Run
+
+
+def device_bytes(run: Run) -> int:
+    """Memory of a device: what the config says, or the device; 0 if neither knows."""
+    if run.config.memory_gib:
+        return int(run.config.memory_gib * GIB)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return int(stats.get("bytes_limit", 0))
+
+
+def run_account(run: Run) -> Account:
+    """The memory account of a run's training steps."""
+    limit = device_bytes(run)
+    return memory_account(
+        run.graph, run.plan, run.roles, run_work(run), limit_bytes=limit
+    )
+
+
+def fits_function(run: Run) -> Callable[[Sequence[Step]], bool] | None:
+    """What tells whether a schedule of this run fits; None where nobody knows."""
+    limit = device_bytes(run)
+    if not limit:
+        return None
+    count = account_counter(
+        run.graph, run.plan, run.roles, run_work(run), limit_bytes=limit
+    )
+    return lambda steps: count(steps).fits
+
+
+def run_work(run: Run) -> Work:
+    """The shapes of a run's steps."""
+    data = [run.train_data, *([run.valid_data] if run.valid_data else [])]
+    return Work(
+        num_rows=run.config.data.batch_size * run.train_data.rows_per_record,
+        width=run.width,
+        prompt_width=max(dataset.prompt_width for dataset in data),
+    )

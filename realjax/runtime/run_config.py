@@ -1,0 +1,115 @@
+"""Everything that decides a run, as a config script gives it."""
+
+import dataclasses
+import importlib.util
+from typing import Any
+
+from realjax.data.datasets import DataConfig
+from realjax.functions.role import RoleConfig
+from realjax.functions.score import RewardFunction
+from realjax.runtime.checkpoint import CheckpointConfig
+from realjax.runtime.profile import profiled_steps
+
+
+def _check_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(
+                f"{name} is {getattr(config, name)}; it must be at least {least}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When the held-out data is measured.
+
+    Attributes:
+        every_steps: 0 means only where the next two say.
+        at_start, at_end: before the first step; after the last.
+        num_samples: completions shown in the log and the report.
+        rewards: Python functions that score held-out completions besides, to be
+            reported only.
+    """
+
+    every_steps: int = 0
+    at_start: bool = True
+    at_end: bool = True
+    num_samples: int = 8
+    rewards: tuple[RewardFunction, ...] = ()
+
+    def __post_init__(self):
+        """Refuses counts below 0."""
+        _check_least(self, 0, "every_steps", "num_samples")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run.
+
+    Attributes:
+        algorithm: "sft", "reward_model", "ppo", or the dotted name of a user's module.
+        hp: its hyperparameters.
+        roles: by name.
+        data: training and held-out files.
+        steps: of the run; 0 takes them from `epochs`.
+        epochs: passes over the training data.
+        seed: of initial weights, data order, sampling and minibatches.
+        allocation: of every call not named in `allocations`; "" is data parallel over
+            all devices.
+        allocations: by call, as in `allocations.rollout = "t4@0-3"`.
+        allocations_devices: how many devices `allocations` is written for; with fewer
+            it is left aside.
+        rows: by call: packed rows of a microbatch, or completions of a wave.
+        microbatch_tokens: where `rows` does not say; 0 is 2048, or on GPU 16384 times
+            the data shards.
+        memory_gib: of a device, which the plan must fit; 0 asks the device, and where
+            it does not know (a CPU) anything fits.
+        check_links: whether copies between the devices that the plan joins are checked
+            by checksums before the first step.
+        check_moves: whether every reallocation is; for debugging, it waits each time.
+        evaluation: when held-out data is measured.
+        checkpoint: when and how much is saved.
+        benchmark_steps: stop after so many steps and print medians per call.
+        profile_steps: "3:5" traces steps 3 and 4.
+        max_nonfinite: stop after so many updates skipped for a non-finite gradient.
+        tensorboard: whether to write its event files.
+        wandb_project: Weights & Biases project, when the package is installed.
+    """
+
+    algorithm: str = ""
+    hp: dict[str, Any] = dataclasses.field(default_factory=dict)
+    roles: dict[str, RoleConfig] = dataclasses.field(default_factory=dict)
+    data: DataConfig = DataConfig()
+    steps: int = 0
+    epochs: int = 1
+    seed: int = 0
+    allocation: str = ""
+    allocations: dict[str, str] = dataclasses.field(default_factory=dict)
+    allocations_devices: int = 0
+    rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    microbatch_tokens: int = 0
+    memory_gib: float = 0.0
+    check_links: bool = True
+    check_moves: bool = False
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig(every_minutes=15.0)
+    benchmark_steps: int = 0
+    profile_steps: str = ""
+    max_nonfinite: int = 10
+    tensorboard: bool = True
+    wandb_project: str = ""
+
+    def __post_init__(self):
+        """Refuses counts that mean nothing, and a package that is not there."""
+        names = ("steps", "seed", "allocations_devices", "microbatch_tokens")
+        _check_least(self, 0, *names, "benchmark_steps", "max_nonfinite", "memory_gib")
+        _check_least(self, 1, "epochs")
+        profiled_steps(self.profile_steps)
+        for name, rows in self.rows.items():
+            if rows < 0:
+                raise ValueError(f"rows.{name} is {rows}; it must be at least 0.")
+        if self.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise ValueError(
+                f"wandb_project is {self.wandb_project!r} and the package `wandb` is "
+                "not installed: `pip install wandb`, or leave the project empty."
+            )
