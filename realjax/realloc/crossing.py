@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from realjax.core.arrays import Array
 from realjax.realloc.layouts import Layout
@@ -44,6 +44,21 @@ def upload(array: np.ndarray, sharding: Sharding) -> Array:
     # A copy of each shard: a CPU device may take a buffer for its own.
     return jax.make_array_from_callback(
         array.shape, sharding, lambda index: np.array(array[index]), dtype=array.dtype
+    )
+
+
+def replicated(array: Array, mesh: Mesh) -> Array:
+    """Return copies of an array of this process on all devices of a mesh.
+
+    Every process that has some of them gives an equal array.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec())
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    places = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    copies = jax.device_put([array] * len(places), places, may_alias=False)
+    return jax.make_array_from_single_device_arrays(
+        array.shape, sharding, copies, dtype=array.dtype
     )
 
 

@@ -16,8 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from realjax.core.arrays import Array
 from realjax.realloc.assembly import plan_moves
+from realjax.realloc.crossing import cross, renamed, replicated, upload, where
 from realjax.realloc.layouts import Layout
-from realjax.realloc.pieces import Move, shard_of, slice_and_join
+from realjax.realloc.parcels import route_between
+from realjax.realloc.pieces import Move, slice_and_join
+from realjax.realloc.processes import handle
 from realjax.realloc.requests import Request
 from realjax.realloc.traffic import Traffic
 
@@ -52,6 +55,10 @@ class Plan:
         puts: Arrays that a native copy brings, and their shardings.
         sliced: Arrays that go in pieces.
         moves: How those go.
+        crossing: Arrays that go from process to process, and what is asked for them.
+        elsewhere: Arrays that this process has no part in, and what is asked for.
+        chunk_bytes: How much is on its way at once.
+        is_donated: What arrays are averaged with is written in place.
     """
 
     traffic: Traffic
@@ -62,6 +69,10 @@ class Plan:
     put_shardings: list[Sharding]
     sliced: tuple[int, ...]
     moves: tuple[Move, ...]
+    crossing: dict[int, Request]
+    elsewhere: dict[int, Request]
+    chunk_bytes: int
+    is_donated: bool
 
     def run(
         self,
@@ -80,7 +91,11 @@ class Plan:
         for number in self.same:
             moved[number] = arrays[number]
         for number, sharding in self.renamed:
-            moved[number] = _renamed(arrays[number], sharding)
+            moved[number] = renamed(arrays[number], sharding)
+        for number, request in self.elsewhere.items():
+            moved[number] = handle(
+                request.shape, request.new_dtype, request.destination
+            )
         for numbers, identity in self.identities:
             made = identity(
                 [arrays[n] for n in numbers],
@@ -104,6 +119,19 @@ class Plan:
             )
             for number, array in made.items():
                 moved[self.sliced[number]] = array
+        if self.crossing:
+            made = cross(
+                tuple(self.crossing.values()),
+                [arrays[n] for n in self.crossing],
+                chunk_bytes=self.chunk_bytes,
+                targets=None
+                if targets is None
+                else [targets[n] for n in self.crossing],
+                weight=weight,
+                is_donated=self.is_donated,
+            )
+            for number, array in zip(self.crossing, made, strict=True):
+                moved[number] = array
         return moved
 
 
@@ -127,7 +155,9 @@ def make_plan(
     Raises:
         UnfitArray: a dimension that its parts do not divide.
     """
-    traffic, same, renamed, puts, sliced = Traffic(), [], [], [], []
+    traffic, same, renaming, puts, sliced = Traffic(), [], [], [], []
+    crossing: dict[int, Request] = {}
+    elsewhere: dict[int, Request] = {}
     identities: dict[Any, list[int]] = {}
     for number, request in enumerate(requests):
         kind = _kind(number, request)
@@ -137,11 +167,15 @@ def make_plan(
             if request.source == request.destination:
                 same.append(number)
             else:
-                renamed.append((number, request.destination))
-        elif kind in ("none", "jit"):
+                renaming.append((number, request.destination))
+        elif kind in ("none", "jit") and request.destination.addressable_devices:
             # A jitted identity works on one list of devices.
             devices = Layout.of(request.destination).devices
             identities.setdefault((kind, devices), []).append(number)
+        elif kind in ("none", "jit") or where(request) == "elsewhere":
+            elsewhere[number] = request
+        elif where(request) == "across":
+            crossing[number] = request
         elif kind == "put" and is_plain:
             puts.append(number)
         else:
@@ -152,7 +186,7 @@ def make_plan(
     return Plan(
         traffic=traffic,
         same=tuple(same),
-        renamed=tuple(renamed),
+        renamed=tuple(renaming),
         identities=tuple(
             (chunk, _Identity([requests[n] for n in chunk], is_donated))
             for (kind, _), numbers in identities.items()
@@ -169,6 +203,10 @@ def make_plan(
             parcel_bytes=chunk_bytes,
             is_donated=is_donated,
         ),
+        crossing=crossing,
+        elsewhere=elsewhere,
+        chunk_bytes=chunk_bytes,
+        is_donated=is_donated,
     )
 
 
@@ -181,16 +219,12 @@ def count_request(traffic: Traffic, request: Request) -> None:
         traffic.collective_bytes += request.route.bytes_moved
     else:
         traffic.sent_bytes += request.route.bytes_moved
+        if where(request) == "across":
+            traffic.crossed_bytes += route_between(request).phase_bytes["across"]
 
 
 def _kind(number: int, request: Request) -> str:
     for sharding in (request.source, request.destination):
-        if not sharding.is_fully_addressable:
-            raise UnfitArray(
-                number,
-                "it lies or shall lie on devices of other processes, and reallocation"
-                " works within one process. Give it an allocation of local devices.",
-            )
         device = next(iter(sharding.device_set))
         if sharding.memory_kind not in (None, device.default_memory().kind):
             raise UnfitArray(
@@ -217,15 +251,6 @@ def _chunks(
         chunk.append(number)
         size += wire_bytes
     yield tuple(chunk)
-
-
-def _renamed(array: Array, sharding: Sharding) -> Array:
-    """Return the array itself, under the name that its sharding has over there."""
-    return jax.make_array_from_single_device_arrays(
-        array.shape,
-        sharding,
-        [shard_of(array, place) for place in range(sharding.num_devices)],
-    )
 
 
 class _Identity:
@@ -288,11 +313,11 @@ def weight_of(eta: float | Array) -> Weight:
     from its device.
     """
     if isinstance(eta, jax.Array):
-        return lambda mesh: jax.device_put(eta, NamedSharding(mesh, PartitionSpec()))
+        return lambda mesh: replicated(eta, mesh)
     return lambda mesh: _uploaded(float(eta), mesh)
 
 
 @functools.lru_cache(maxsize=256)
 def _uploaded(eta: float, mesh: Mesh) -> Array:
     with jax.transfer_guard_host_to_device("allow"):
-        return jax.device_put(np.float32(eta), NamedSharding(mesh, PartitionSpec()))
+        return upload(np.asarray(eta, np.float32), NamedSharding(mesh, PartitionSpec()))

@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from realjax.core.arrays import Array, PyTree
+from realjax.realloc.crossing import upload
 from realjax.realloc.plans import UnfitArray, make_plan
 from realjax.realloc.requests import Request
 from realjax.realloc.traffic import Traffic
@@ -137,6 +138,9 @@ def _upload(
     """Put host arrays on devices; later writes to them do not show."""
     if traffic is not None:
         traffic.uploaded_bytes += sum(array.nbytes for array in arrays)
+    if not all(sharding.is_fully_addressable for sharding in shardings):
+        pairs = zip(arrays, shardings, strict=True)
+        return [upload(array, sharding) for array, sharding in pairs]
     # A CPU device takes a buffer that begins at a multiple of 64 bytes for its own,
     # `may_alias=False` or not: it gets one that nobody else has.
     copies = [np.array(array) for array in arrays]
