@@ -1,7 +1,7 @@
 """Reallocation: parameters and batches between allocations, never through the host.
 
-Read `routes` first (what moves where, without devices; `layouts`, `hosts` and `hops` are
-its nouns), then `transfer` (which moves it), `pieces` (the route that slices and
+Read `routes` first (what moves where, without devices; its nouns are `layouts`, `hosts`
+and `hops`), then `transfer` (which moves it), `pieces` (the route that slices and
 assembles) and `offload` (host memory).
 """
 

@@ -9,8 +9,14 @@ import functools
 import math
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
+
+from realjax.core.arrays import PyTree
+from realjax.parallel.allocation import Allocation
+from realjax.parallel.mesh import abstract_mesh
+from realjax.parallel.sharding import parameter_shardings
 
 Box = tuple[tuple[int, int], ...]
 """A block of an array: (start, stop) of every dimension."""
@@ -105,13 +111,89 @@ def _layout_of(sharding: Sharding) -> Layout:
             f"Found an array with sharding {sharding}. Arrays on several devices need a"
             " NamedSharding: give its producer explicit out_shardings."
         )
+    return Layout(
+        devices=tuple(device.id for device in np.asarray(sharding.mesh.devices).flat),
+        mesh_shape=tuple(sharding.mesh.axis_sizes),
+        spec=_spec_of(sharding),
+    )
+
+
+def layouts_for(abstract_tree: PyTree, allocation: Allocation) -> PyTree:
+    """Return the layout of every parameter, as if a device's index were its id.
+
+    There need be no devices: thousands can be planned for on one machine.
+
+    Args:
+        abstract_tree: Leaves with `shape` and `axes`, as models describe parameters.
+        allocation: Where the parameters lie.
+
+    Raises:
+        ValueError: a dimension that its mesh axes do not divide.
+    """
+    mesh = abstract_mesh(allocation)
+    mesh_shape = (1,) if mesh.size == 1 else tuple(mesh.axis_sizes)
+    shardings = parameter_shardings(abstract_tree, mesh, options=allocation.options)
+    return jax.tree.map(
+        lambda sharding: Layout(
+            devices=allocation.devices,
+            mesh_shape=mesh_shape,
+            spec=() if mesh.size == 1 else _spec_of(sharding),
+        ),
+        shardings,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeafClass:
+    """The leaves of a tree that share a shape and both layouts, and so one route.
+
+    Attributes:
+        names: Their paths in the tree, joined by dots.
+        shape: Of each.
+        source: Where they lie.
+        destination: Where they shall lie.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    source: Layout
+    destination: Layout
+
+
+def leaf_classes(
+    abstract_tree: PyTree, source: Allocation, destination: Allocation
+) -> list[LeafClass]:
+    """Group the parameters of a model that share one route.
+
+    Args:
+        abstract_tree: Leaves with `shape` and `axes`, in nested dicts.
+        source: Where they lie; a device's index is taken for its id.
+        destination: Where they shall lie.
+
+    Raises:
+        ValueError: a dimension that an allocation does not divide.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(
+        abstract_tree, is_leaf=lambda node: hasattr(node, "axes")
+    )
+    sides = [
+        jax.tree.leaves(layouts_for(abstract_tree, allocation))
+        for allocation in (source, destination)
+    ]
+    classes: dict[tuple[tuple[int, ...], Layout, Layout], list[str]] = {}
+    for (path, leaf), before, after in zip(leaves, *sides, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        classes.setdefault((leaf.shape, before, after), []).append(name)
+    return [
+        LeafClass(names=tuple(names), shape=shape, source=before, destination=after)
+        for (shape, before, after), names in classes.items()
+    ]
+
+
+def _spec_of(sharding: NamedSharding) -> tuple[tuple[int, ...], ...]:
     axes = {name: index for index, name in enumerate(sharding.mesh.axis_names)}
     spec = []
     for entry in sharding.spec:
         names = (entry,) if isinstance(entry, str) else tuple(entry or ())
         spec.append(tuple(axes[name] for name in names))
-    return Layout(
-        devices=tuple(device.id for device in np.asarray(sharding.mesh.devices).flat),
-        mesh_shape=tuple(sharding.mesh.axis_sizes),
-        spec=tuple(spec),
-    )
+    return tuple(spec)

@@ -307,25 +307,28 @@ def route(
         _sweep(*sizes)
         for sizes in zip(shape, source_parts, destination_parts, strict=True)
     ]
-    # The product of the dimensions: row n of `chosen` has one interval of each.
+    # The product of the dimensions, the last fastest.
     counts = [len(sweep) for sweep in sweeps]
-    chosen = np.indices(counts).reshape(len(counts), math.prod(counts))
-    boxes = np.zeros((math.prod(counts), len(shape), 2), np.int64)
-    tiles = np.zeros((2, len(shape), math.prod(counts)), np.int64)
+    boxes = np.zeros((*counts, len(shape), 2), np.int64)
+    elements = np.ones(1, np.int64)
+    tiles = np.zeros((2, 1), np.int64)
     for dimension, sweep in enumerate(sweeps):
-        boxes[:, dimension] = sweep[chosen[dimension], :2]
-        tiles[:, dimension] = sweep[chosen[dimension], 2:].T
-    elements = np.prod(boxes[..., 1] - boxes[..., 0], axis=1, dtype=np.int64)
+        others = [1] * (len(shape) - dimension - 1)
+        boxes[..., dimension, :] = sweep[:, :2].reshape(-1, *others, 2)
+        elements = np.outer(elements, sweep[:, 1] - sweep[:, 0]).reshape(-1)
+        parts = np.array([source_parts[dimension], destination_parts[dimension]])
+        tiles = tiles[..., None] * parts[:, None, None] + sweep[:, 2:].T[:, None, :]
+        tiles = tiles.reshape(2, -1)
     return Route(
         source=source,
         destination=destination,
         shape=tuple(shape),
         hosts=hosts,
         is_same_cut=np.array_equal(source_tiles, destination_tiles),
-        boxes=boxes,
+        boxes=boxes.reshape(len(elements), len(shape), 2),
         piece_bytes=elements * np.dtype(dtype).itemsize,
-        source_tiles=_flat_tiles(tiles[0], source_parts),
-        destination_tiles=_flat_tiles(tiles[1], destination_parts),
+        source_tiles=tiles[0],
+        destination_tiles=tiles[1],
         source_holders=_holders(source, source_tiles, source_parts),
         destination_holders=_holders(destination, destination_tiles, destination_parts),
     )
