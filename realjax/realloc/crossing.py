@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from realjax.core.arrays import Array
 from realjax.realloc.layouts import Layout
-from realjax.realloc.parcels import Steps, plan_chunks
+from realjax.realloc.parcel_plans import plan_chunks
+from realjax.realloc.parcels import Steps
 from realjax.realloc.processes import handle, home, processes_of
 from realjax.realloc.requests import Request
 
