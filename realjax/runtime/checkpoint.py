@@ -9,13 +9,14 @@ A save copies the arrays to the host, returns, and writes in the background; the
 gets its name, in one rename, when all is on disk. So a folder named by a number is
 complete, unless something damaged it later, which the sizes and checksums tell.
 
+The processes of a run share the folder, and each writes what its devices hold.
+
 Arrays are named by their path in the trees ("policy/layers/mlp/up/kernel") and are
 restored to whatever shardings the caller asks for, exactly, or not at all.
 """
 
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import os
@@ -27,10 +28,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from realjax.core.arrays import PyTree
 from realjax.runtime import manifest, named_arrays
+from realjax.runtime.agreement import Agreement
+from realjax.runtime.checkpoint_errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    FailedSaveError,
+    MismatchedCheckpointError,
+    NoCheckpointError,
+    is_full_disk,
+    shorten,
+)
+from realjax.runtime.saving_alone import TEMPORARY, SavingAlone
+from realjax.runtime.saving_together import SavingTogether
+
+__all__ = [
+    "CheckpointConfig",
+    "CheckpointError",
+    "Checkpointer",
+    "DamagedCheckpointError",
+    "FailedSaveError",
+    "MismatchedCheckpointError",
+    "NoCheckpointError",
+    "Restored",
+]
 
 type Arrays = Mapping[str, PyTree]
 type RealShapes = Mapping[str, Sequence[int | None]]
@@ -38,29 +61,7 @@ type Path = str | os.PathLike[str]
 
 logger = logging.getLogger(__name__)
 
-_TEMPORARY = ".orbax-checkpoint-tmp"
-_WRITTEN_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _NUM_SHOWN = 3
-
-
-class CheckpointError(RuntimeError):
-    """Something about a checkpoint that a person must know."""
-
-
-class NoCheckpointError(CheckpointError):
-    """There is nothing to restore."""
-
-
-class DamagedCheckpointError(CheckpointError):
-    """Files of a checkpoint are missing, truncated or changed."""
-
-
-class MismatchedCheckpointError(CheckpointError):
-    """The checkpoint is of another model, optimizer or data type."""
-
-
-class FailedSaveError(CheckpointError):
-    """A checkpoint could not be written; the earlier ones stand."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,26 +131,29 @@ class Restored:
 class Checkpointer:
     """Saves and restores the arrays and the metadata of a run.
 
-    Every process of a run makes one and calls the same methods. What killed saves left
-    is removed at the start.
+    Every process of a run makes one and calls the same methods in the same order; what
+    one finds in the folder, all find, and what fails in one fails in all. What killed
+    saves left is removed at the start.
 
     Args:
-        folder: holds one folder per checkpoint.
+        folder: holds one folder per checkpoint; all processes see it.
         keep: complete checkpoints that stay.
         read_only: never writes; for those who read the checkpoints of a live run.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False):
         self.folder = pathlib.Path(folder).absolute()
-        self._keep = keep
-        self._is_writer = not read_only and jax.process_index() == 0
+        self._keep, self._is_read_only = keep, read_only
+        self._process, self._num_processes = jax.process_index(), jax.process_count()
         self._saving: int | None = None
         self._saving_bytes = 0
+        self._agreement = Agreement(
+            "checkpoints",
+            errors=(NoCheckpointError, DamagedCheckpointError, CheckpointError),
+        )
         if not read_only:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        if self._is_writer:
-            self._remove_temporary()
-        self._manager = self._make_manager()
+            self._agreement.decide(self._prepare_folder)
+        self._files = self._open_files()
 
     def save(self, step: int, arrays: Arrays, metadata: Mapping[str, Any]) -> bool:
         """Starts to save; waits for the save before it to end.
@@ -159,8 +163,10 @@ class Checkpointer:
         Args:
             step: names the checkpoint.
             arrays: trees of jax arrays, numpy arrays and numbers. Typed keys go in as
-                `jax.random.key_data`.
-            metadata: what JSON can hold.
+                `jax.random.key_data`. What lies on devices of other processes alone
+                is given by its handle; what each process has a copy of, the first
+                one's is saved.
+            metadata: what JSON can hold; that of process 0 is saved.
 
         Returns:
             False if the step is saved already.
@@ -171,22 +177,15 @@ class Checkpointer:
         """
         leaves = named_arrays.flatten(arrays)
         self.wait()
-        if (self.folder / str(step)).exists():
-            try:
-                self._check_files(step, checksums=False)
-                return False
-            except DamagedCheckpointError as error:
-                self._set_aside(step, error)
+        if self._agreement.decide(lambda: self._is_saved(step)):
+            return False
         described = {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()}
         stored = {name: leaf for name, leaf in leaves.items() if leaf.size > 0}
         state = {"metadata": _as_json(metadata, "metadata"), "arrays": described}
-        items: dict[str, Any] = {"metadata": ocp.args.JsonSave(state)}
-        if stored:
-            items["arrays"] = ocp.args.PyTreeSave(stored)
         self._saving = step
         self._saving_bytes = sum(leaf.nbytes for leaf in stored.values())
         with self._save_errors():
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            self._files.save(step, state, stored)
         return True
 
     def wait(self) -> None:
@@ -196,7 +195,7 @@ class Checkpointer:
             FailedSaveError: if it could not be written.
         """
         with self._save_errors():
-            self._manager.wait_until_finished()
+            self._files.wait()
         self._saving = None
 
     def close(self) -> None:
@@ -204,7 +203,7 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._files.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -214,30 +213,22 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints on disk, damaged ones included, in order."""
-        if not self.folder.exists():
-            return []
-        names = (path.name for path in self.folder.iterdir() if path.is_dir())
-        return sorted(int(name) for name in names if name.isdigit())
+        return self._agreement.decide(self._steps)
 
     def latest_step(self) -> int | None:
         """The last checkpoint whose files are all there with their sizes."""
-        for step in reversed(self.steps()):
-            try:
-                self._check_files(step, checksums=False)
-                return step
-            except DamagedCheckpointError as error:
-                logger.warning("%s It is passed over.", error)
-        return None
+        return self._agreement.decide(self._latest_step)
 
     def read_metadata(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays."""
-        return self._read_state(step)["metadata"]
+        return self._agreement.decide(lambda: self._read_state(step)["metadata"])
 
     def read_shapes(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every array, by its path."""
+        arrays = self._agreement.decide(lambda: self._read_state(step)["arrays"])
         return {
             name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
-            for name, (shape, dtype) in self._read_state(step)["arrays"].items()
+            for name, (shape, dtype) in arrays.items()
         }
 
     def restore(
@@ -250,7 +241,8 @@ class Checkpointer:
             abstract: trees like those that were saved; some of them, if only these are
                 needed. A leaf has a shape and a dtype; with a sharding (also of other
                 devices or another memory kind than when saved) it is read straight to
-                it, without one it becomes a numpy array.
+                it, each process what its devices hold; without one it becomes a numpy
+                array.
             real: of arrays with padding, which another allocation may need more or less
                 of: by name, the size of each dimension that may end in zeros, and None
                 for the others.
@@ -260,7 +252,8 @@ class Checkpointer:
             DamagedCheckpointError: naming the file.
             MismatchedCheckpointError: naming arrays, and both shapes or dtypes.
         """
-        self._check_files(step, checksums=True)
+        self._agreement.decide(lambda: self._check_sizes(step))
+        self._check_sums(step)
         wanted = named_arrays.flatten(abstract)
         self._check_match(step, list(abstract), wanted, real or {})
         stored = {name: leaf for name, leaf in wanted.items() if np.prod(leaf.shape)}
@@ -289,7 +282,8 @@ class Checkpointer:
             MismatchedCheckpointError: the last one is of another model.
         """
         damaged: dict[int, DamagedCheckpointError] = {}
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        for step in reversed(steps):
             try:
                 metadata = self.read_metadata(step)
                 trees = abstract(metadata) if callable(abstract) else abstract
@@ -298,7 +292,7 @@ class Checkpointer:
                 damaged[step] = error
                 continue
             for other, error in damaged.items():
-                self._set_aside(other, error)
+                self._agreement.decide(lambda o=other, e=error: self._set_aside(o, e))
             logger.info("Restored step %d from %s.", step, self.folder)
             return Restored(step=step, arrays=arrays, metadata=metadata)
         reasons = "".join(f"\n  {error}" for error in damaged.values())
@@ -309,67 +303,87 @@ class Checkpointer:
     def discard_after(self, step: int) -> None:
         """Deletes later checkpoints: a run goes on from `step` by choice."""
         self.wait()
-        for later in self.steps():
-            if later > step and self._is_writer:
-                shutil.rmtree(self.folder / str(later))
-        self._manager.reload()
+        self._agreement.decide(lambda: self._delete_after(step))
 
-    # Below: files.
+    # Below: files. What one process does for all stands in `decide`.
 
-    def _make_manager(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                create=False,
-                max_to_keep=self._keep,
-                save_root_metadata=False,
-                read_only=not self._is_writer and jax.process_count() == 1,
-                # Called by process 0 between the last file and the rename.
-                async_options=ocp.AsyncOptions(
-                    post_finalization_callback=self._write_manifest
-                ),
-            ),
-        )
+    def _prepare_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_temporary()
+
+    def _open_files(self) -> SavingAlone | SavingTogether:
+        if self._num_processes > 1:
+            return SavingTogether(self.folder, keep=self._keep)
+        return SavingAlone(self.folder, keep=self._keep, read_only=self._is_read_only)
 
     def _remove_temporary(self) -> None:
-        for path in self.folder.glob(f"*{_TEMPORARY}*"):
+        for path in self.folder.glob(f"*{TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _write_manifest(self) -> None:
-        (folder,) = self.folder.glob(f"{self._saving}{_TEMPORARY}*")
-        manifest.write(folder, leave_out=_WRITTEN_LATER)
+    def _steps(self) -> list[int]:
+        if not self.folder.exists():
+            return []
+        names = (path.name for path in self.folder.iterdir() if path.is_dir())
+        return sorted(int(name) for name in names if name.isdigit())
 
-    def _check_files(self, step: int, *, checksums: bool) -> None:
+    def _latest_step(self) -> int | None:
+        for step in reversed(self._steps()):
+            try:
+                self._check_sizes(step)
+                return step
+            except DamagedCheckpointError as error:
+                logger.warning("%s It is passed over.", error)
+        return None
+
+    def _is_saved(self, step: int) -> bool:
+        if not (self.folder / str(step)).exists():
+            return False
+        try:
+            self._check_sizes(step)
+            return True
+        except DamagedCheckpointError as error:
+            self._set_aside(step, error)
+            return False
+
+    def _delete_after(self, step: int) -> None:
+        for later in self._steps():
+            if later > step and not self._is_read_only:
+                shutil.rmtree(self.folder / str(later))
+        self._files.forget()
+
+    def _check_sizes(self, step: int) -> None:
         folder = self.folder / str(step)
         if not folder.exists():
-            found = ", ".join(map(str, self.steps())) or "none"
+            found = ", ".join(map(str, self._steps())) or "none"
             raise NoCheckpointError(
                 f"There is no checkpoint of step {step} in {self.folder}; steps there: "
                 f"{found}."
             )
-        if damage := manifest.find_damage(folder, checksums=checksums):
+        if damage := manifest.find_damage(folder, checksums=False):
             raise DamagedCheckpointError(damage)
 
-    def _read_arrays(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        arguments = ocp.args.PyTreeRestore(
-            {name: named_arrays.blank(leaf) for name, leaf in wanted.items()},
-            restore_args={
-                name: named_arrays.restore_args(leaf) for name, leaf in wanted.items()
-            },
-            partial_restore=True,
+    def _check_sums(self, step: int) -> None:
+        """Every process reads some of the files."""
+        share = self._process, self._num_processes
+        found = self._agreement.gather(
+            lambda: manifest.find_damage(self.folder / str(step), share=share)
         )
+        for damage in found:
+            if damage:
+                raise DamagedCheckpointError(damage)
+
+    def _read_arrays(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            composite = ocp.args.Composite(arrays=arguments)
-            return dict(self._manager.restore(step, args=composite)["arrays"])
+            return self._agreement.together(lambda: self._files.read(step, wanted))
         except Exception as error:
             # Not damage: the checksums were right. No memory, say.
             raise CheckpointError(
                 f"The checkpoint {self.folder / str(step)} is whole and could not be "
-                f"restored: {_shorten(error)}"
+                f"restored: {shorten(error)}"
             ) from error
 
     def _read_state(self, step: int) -> dict[str, Any]:
-        self._check_files(step, checksums=False)
+        self._check_sizes(step)
         path = self.folder / str(step) / "metadata" / "metadata"
         try:
             return json.loads(path.read_text())
@@ -380,34 +394,34 @@ class Checkpointer:
         """Renames a damaged checkpoint, so that it counts no more."""
         target = self.folder / f"damaged-{step}"
         logger.warning("%s The checkpoint is now %s.", error, target)
-        if self._is_writer:
+        if not self._is_read_only:
             shutil.rmtree(target, ignore_errors=True)
             (self.folder / str(step)).rename(target)
-        self._manager.reload()
+        self._files.forget()
 
     @contextlib.contextmanager
     def _save_errors(self) -> Iterator[None]:
-        """Turns what Orbax raises into `FailedSaveError`, and makes it usable again."""
+        """Turns what is raised into `FailedSaveError`; the next save can work."""
         try:
             yield
         except Exception as error:
             step, self._saving = self._saving, None
-            # Closing the manager would raise the same error again.
+            # Closing would raise the same error again.
             with contextlib.suppress(Exception):
-                self._manager.close()
-            if self._is_writer:
+                self._files.close()
+            if self._process == 0 and not self._is_read_only:
                 self._remove_temporary()
-            self._manager = self._make_manager()
+            self._files = self._open_files()
             raise FailedSaveError(self._explain(step, error)) from error
 
     def _explain(self, step: int | None, error: Exception) -> str:
-        latest = self.latest_step()
+        latest = self._latest_step()
         stands = (
             "There is no earlier one."
             if latest is None
             else f"The checkpoint of step {latest} is complete and stays."
         )
-        if _is_full_disk(error):
+        if is_full_disk(error):
             free = shutil.disk_usage(self.folder).free >> 20
             return (
                 f"The disk of {self.folder} is full: the checkpoint of step {step} "
@@ -416,7 +430,7 @@ class Checkpointer:
             )
         return (
             f"The checkpoint of step {step} could not be written to {self.folder}: "
-            f"{_shorten(error)}. {stands}"
+            f"{shorten(error)}. {stands}"
         )
 
     def _check_match(
@@ -453,23 +467,6 @@ def _is_match(here: Any, there: Any, real: Sequence[int | None] | None) -> bool:
         return False
     sizes = zip(here.shape, there.shape, real or (None,) * here.ndim, strict=True)
     return all(a == b or (n is not None and min(a, b) >= n) for a, b, n in sizes)
-
-
-def _shorten(error: Exception) -> str:
-    """Both ends of an error's text: TensorStore says what first, and why last."""
-    text = f"{type(error).__name__}: {error}"
-    return text if len(text) <= 400 else f"{text[:150]} … {text[-250:]}"
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is that there is no room."""
-    while error is not None:
-        for code in (errno.ENOSPC, errno.EDQUOT):
-            # What TensorStore raises has the words and not the number.
-            if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
-                return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _as_json(value: Any, path: str) -> Any:

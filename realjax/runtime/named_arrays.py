@@ -46,12 +46,21 @@ def unflatten(trees: Trees, leaves: Mapping[str, Any]) -> dict[str, PyTree]:
     return jax.tree_util.tree_unflatten(structure, [leaves[name] for name in names])
 
 
-def restore_args(leaf: Any) -> ocp.RestoreArgs:
-    """How Orbax is to read a leaf: onto its sharding, or as numpy without one.
+def restoring(wanted: Mapping[str, Any]) -> ocp.args.PyTreeRestore:
+    """How Orbax is to read leaves, some of those that are stored.
 
-    Of another size than what is stored, it is cut or padded with zeros at its end; the
-    caller has checked that only padding is meant.
+    Onto the sharding of each, or as numpy without one. Of another size than what is
+    stored, it is cut or padded with zeros at its end; the caller has checked that only
+    padding is meant.
     """
+    return ocp.args.PyTreeRestore(
+        {name: _blank(leaf) for name, leaf in wanted.items()},
+        restore_args={name: _restore_args(leaf) for name, leaf in wanted.items()},
+        partial_restore=True,
+    )
+
+
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
@@ -60,7 +69,7 @@ def restore_args(leaf: Any) -> ocp.RestoreArgs:
     )
 
 
-def blank(leaf: Any) -> Any:
+def _blank(leaf: Any) -> Any:
     """A stand-in for a leaf that tells Orbax its kind, shape and dtype."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
@@ -75,4 +84,6 @@ def without_elements(leaf: Any) -> Any:
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         return array
-    return jax.make_array_from_callback(leaf.shape, sharding, array.__getitem__)
+    return jax.make_array_from_callback(
+        leaf.shape, sharding, array.__getitem__, dtype=leaf.dtype
+    )

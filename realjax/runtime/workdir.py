@@ -1,4 +1,8 @@
-"""One run in one folder: `claim_workdir` keeps other runs and processes out."""
+"""One run in one folder: `claim_workdir` keeps other runs and processes out.
+
+A run of several processes has one folder, which all of them see, and one claim: process
+0 makes it, and where it is refused, all of them are.
+"""
 
 import fcntl
 import json
@@ -7,6 +11,10 @@ import pathlib
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import jax
+
+from realjax.runtime.agreement import Agreement, wait_to_see
 
 _RUN = "run.json"
 _LOCK = "run.lock"
@@ -44,32 +52,69 @@ def claim_workdir(
     is_writer: bool = True,
     has_begun: Callable[[], bool] = lambda: True,
 ) -> Claim:
-    """Makes a folder the folder of one run, and of one live process.
+    """Makes a folder the folder of one run, and of one live process or run of several.
 
     The first claim writes the fingerprint to `run.json`; later ones must have the same.
-    The lock is the operating system's, so a killed process leaves none behind.
+    The lock is the operating system's, so a killed process leaves none behind. All
+    processes of a run call this.
 
     Args:
         workdir: made if needed.
         fingerprint: what two runs that share a folder must share, as JSON can hold it.
-        is_writer: False for the processes of a run that only follow the first.
+        is_writer: False for a process that only follows another, which has the claim.
         has_begun: whether the run that claimed the folder earlier left what another
             must not be mixed with; asked once the folder is locked. One that failed
             before that may be mended and begun anew.
 
     Raises:
-        WorkdirError: another process has the folder, it holds another run, or it cannot
-            be written.
+        WorkdirError: another process has the folder, it holds another run, it cannot
+            be written, or the processes of this run have different fingerprints.
         NotADirectoryError: there is a file of that name.
+        FileNotFoundError: this process does not see what process 0 has made.
     """
+    if jax.process_count() > 1:
+        return _claim_together(workdir, fingerprint, has_begun)
     if not is_writer:
         return Claim(_folder(workdir), None)
+    return _claim(workdir, fingerprint, has_begun)
+
+
+def _claim(
+    workdir: str | os.PathLike[str],
+    fingerprint: Mapping[str, Any],
+    has_begun: Callable[[], bool],
+) -> Claim:
     workdir = make_workdir(workdir)
     claim = Claim(workdir, _lock(workdir / _LOCK))
     try:
         if has_begun():
             _check_same(workdir / _RUN, json.loads(json.dumps(fingerprint)))
         _write(workdir / _RUN, fingerprint)
+    except BaseException:
+        claim.close()
+        raise
+    return claim
+
+
+def _claim_together(
+    workdir: str | os.PathLike[str],
+    fingerprint: Mapping[str, Any],
+    has_begun: Callable[[], bool],
+) -> Claim:
+    """Process 0 claims, the others learn of it; they must be of one run."""
+    agreement = Agreement("work folder", errors=(WorkdirError,))
+    first, *others = agreement.gather(lambda: json.loads(json.dumps(fingerprint)))
+    for process, other in enumerate(others, start=1):
+        if differences := _differences(first, other):
+            raise WorkdirError(
+                f"Process {process} was started with another config than process 0:"
+                f"{_listed(differences)}\nStart all processes with the same."
+            )
+    claims: list[Claim] = []
+    agreement.decide(lambda: claims.append(_claim(workdir, fingerprint, has_begun)))
+    claim = claims[0] if claims else Claim(_folder(workdir), None)
+    try:
+        agreement.together(lambda: wait_to_see(claim.workdir / _RUN))
     except BaseException:
         claim.close()
         raise
@@ -143,13 +188,16 @@ def _check_same(path: pathlib.Path, here: dict[str, Any]) -> None:
         ) from error
     differences = _differences(there, here)
     if differences:
-        shown = "".join(f"\n  {line}" for line in differences[:_NUM_SHOWN])
-        more = len(differences) - _NUM_SHOWN
         raise WorkdirError(
-            f"{path.parent} holds another run:{shown}"
-            + (f"\n  and {more} more." if more > 0 else "")
-            + "\nUse another work folder, or the earlier config to go on with that run."
+            f"{path.parent} holds another run:{_listed(differences)}"
+            "\nUse another work folder, or the earlier config to go on with that run."
         )
+
+
+def _listed(differences: list[str]) -> str:
+    shown = "".join(f"\n  {line}" for line in differences[:_NUM_SHOWN])
+    more = len(differences) - _NUM_SHOWN
+    return shown + (f"\n  and {more} more." if more > 0 else "")
 
 
 def _differences(there: Any, here: Any, name: str = "") -> list[str]:
