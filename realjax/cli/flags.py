@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from realjax.core.config import suggest
 from realjax.functions.score import RewardError
 from realjax.runtime.checkpoint import CheckpointError
+from realjax.runtime.cluster import ClusterError
 from realjax.runtime.recipe import find_config, load_config
 from realjax.runtime.trainer import NonFiniteError
 from realjax.runtime.workdir import WorkdirError
@@ -29,7 +30,14 @@ from realjax.runtime.workdir import WorkdirError
 Declare = Callable[[flags.FlagValues, list[str]], list[str]]
 Main = Callable[[flags.FlagValues], int]
 
-USER_ERRORS = (OSError, CheckpointError, NonFiniteError, RewardError, WorkdirError)
+USER_ERRORS = (
+    OSError,
+    CheckpointError,
+    ClusterError,
+    NonFiniteError,
+    RewardError,
+    WorkdirError,
+)
 """Of the world around: files, disks, data. Shown without a traceback."""
 
 _HELP = ("-h", "-help", "--help", "-helpfull", "--helpfull")

@@ -22,8 +22,8 @@ from realjax.data import reviews
 from realjax.data.datasets import load_records
 from realjax.data.tokenizer import Tokenizer
 from realjax.dataflow.plan import ExecutionPlan
+from realjax.runtime import cluster, trainer
 from realjax.runtime import run as run_lib
-from realjax.runtime import trainer
 from realjax.runtime.console import Console
 from realjax.runtime.run_config import RunConfig
 from realjax.runtime.trainer import TrainResult
@@ -98,21 +98,30 @@ def train(
             before anything compiles.
         NonFiniteError: training diverged; the last checkpoint is untouched.
     """
-    console, workdir = console or Console(), pathlib.Path(workdir)
-    if isinstance(config, RunConfig):
-        return trainer.train(config, workdir, algorithm=algorithm, console=console)
+    workdir = pathlib.Path(workdir)
+    console = console or Console(is_quiet=jax.process_index() > 0)
+    with cluster.telling_failures():
+        if isinstance(config, RunConfig):
+            return trainer.train(config, workdir, algorithm=algorithm, console=console)
+        return _train_stages(config, workdir, algorithm, console)
+
+
+def _train_stages(
+    config: Any, workdir: pathlib.Path, algorithm: Any, console: Console
+) -> TrainResult:
     values = _filled(_values(config), workdir)
     corpus, vocab_size = values.pop("corpus", ""), values.pop("new_tokenizer", 0)
     configs = _run_configs(values)
     make_corpus = _corpus(corpus) if corpus else None
     for name, one in configs.items():
         _check_stage(name, one, workdir, algorithm)
-    if make_corpus is not None:
-        make_corpus(make_workdir(workdir) / "data")
-    if vocab_size:
-        _make_tokenizer(
-            workdir / "tokenizer", next(iter(configs.values())).data.path, vocab_size
-        )
+    if jax.process_index() == 0:
+        if make_corpus is not None:
+            make_corpus(make_workdir(workdir) / "data")
+        if vocab_size:
+            data = next(iter(configs.values())).data.path
+            _make_tokenizer(workdir / "tokenizer", data, vocab_size)
+    cluster.barrier(f"{workdir.name}/prepared")
     result = None
     for name, one in configs.items():
         if name:

@@ -81,12 +81,10 @@ def train(
             before anything compiles.
         NonFiniteError: training diverged; the last checkpoint is untouched.
     """
-    console = console or Console(is_quiet=jax.process_index() > 0)
-    with cluster.telling_failures():
-        run = prepare(config, algorithm)
-        trainer = Trainer(run, pathlib.Path(workdir), console)
-        with contextlib.closing(trainer):
-            return trainer.train()
+    run = prepare(config, algorithm)
+    trainer = Trainer(run, pathlib.Path(workdir), console or Console())
+    with contextlib.closing(trainer):
+        return trainer.train()
 
 
 class Trainer:

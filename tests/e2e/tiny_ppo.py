@@ -89,6 +89,14 @@ def parameters_of(config, seed):
     )
 
 
+def placed(drawn, sharding):
+    """Put what every process drew on the devices of them all."""
+    whole = np.asarray(drawn)
+    return jax.make_array_from_callback(
+        whole.shape, sharding, lambda index: whole[index], dtype=whole.dtype
+    )
+
+
 def make_executor(hp, allocations, *, rows=None, offload=(), model=MODEL):
     graph = ppo.graph(hp)
     plan = make_plan(
@@ -114,7 +122,10 @@ def make_executor(hp, allocations, *, rows=None, offload=(), model=MODEL):
     )
     store = executor.store
     for name, config in models.items():
-        store.set_initial(name, parameters_of(config, SEEDS[name]))
+        drawn = parameters_of(config, SEEDS[name])
+        store.set_initial(
+            name, jax.tree.map(placed, drawn, store.shardings(name, homes[name]))
+        )
     for role in graph.trained_roles:
         program = executor.programs.train_program(role)
         store.set_train_state(role, program.init_optimizer(store.at_home(role)))

@@ -6,13 +6,16 @@ from tests.processes import runs
 from tests.processes.launch import launch
 
 
+pytestmark = pytest.mark.slow  # Seven programs compile in every process.
+
+
 @pytest.fixture(scope="module")
 def alone():
     (found,) = launch(runs.tiny_steps, num_processes=1, num_devices=8)
     return found
 
 
-@pytest.mark.parametrize("num_processes", (2, pytest.param(4, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("num_processes", (2, 4))
 def test_processes_run_the_same_steps_each_only_its_calls(alone, num_processes):
     found = launch(
         runs.tiny_steps, num_processes=num_processes, num_devices=8 // num_processes
