@@ -27,6 +27,7 @@ from jax.sharding import Sharding
 
 from realjax.core.arrays import Array, PyTree
 from realjax.realloc.crossing import upload
+from realjax.realloc.links import check_moved
 from realjax.realloc.plans import UnfitArray, make_plan
 from realjax.realloc.requests import Request
 from realjax.realloc.traffic import Traffic
@@ -40,6 +41,7 @@ def reallocate(
     traffic: Traffic | None = None,
     alias: bool = False,
     chunk_bytes: int | None = None,
+    verify: bool = False,
 ) -> PyTree:
     """Return the same arrays in other layouts, bit for bit.
 
@@ -52,10 +54,12 @@ def reallocate(
         chunk_bytes: The memory that pieces may take beside sources and results; None
             takes an eighth of the tree, 8 MiB at least. Arrays move in groups of so
             many bytes, and larger ones in slabs.
+        verify: Compare sums of what was sent and what came, and wait for the outcome.
 
     Raises:
-        ValueError: shardings of another structure, arrays in host memory or of other
-            processes, or dimensions that do not divide.
+        ValueError: shardings of another structure, arrays in host memory, or
+            dimensions that do not divide.
+        CorruptedCopyError: with `verify`, an array arrived changed.
     """
     leaves, structure = jax.tree.flatten(tree)
     check_arrays(leaves, tree)
@@ -71,7 +75,10 @@ def reallocate(
         )
     if traffic is not None:
         traffic.merge(plan.traffic)
-    return jax.tree.unflatten(structure, plan.run(leaves))
+    moved = jax.tree.unflatten(structure, plan.run(leaves))
+    if verify:
+        check_moved(tree, moved)
+    return moved
 
 
 def move_array(
