@@ -8,6 +8,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from realjax.realloc import Traffic, move_array, move_batch, reallocate
+from realjax.realloc.links import (
+    CorruptedCopyError,
+    check_links,
+    check_moved,
+    checksum,
+)
 from realjax.realloc.plans import make_plan, weight_of
 from realjax.realloc.requests import Request
 from realjax.runtime import cluster
@@ -120,7 +126,55 @@ def empty_and_scalar_arrays_cross():
     assert all(is_right(moved[key], value) for key, value in values.items())
 
 
+def links_between_processes_are_checked():
+    device = [device.id for device in jax.devices()]
+    links = [(0, 1), (0, 5), (5, 0), (6, 3), (6, 7), (2, 5)]
+    pairs = [(device[source], device[target]) for source, target in links]
+    check_links(pairs, num_bytes=4096)
+    device_put, error = jax.device_put, ""
+
+    def broken(arrays, places, **options):
+        """Delivers zeros from device 2 to device 5."""
+        copies = device_put(arrays, places, **options)
+        ends = [
+            {d.id for x in (array, copy) for d in x.sharding.device_set}
+            for array, copy in zip(arrays, copies, strict=True)
+        ]
+        is_here = jax.process_index() == 1
+        return [
+            jnp.zeros_like(copy) if is_here and end == {device[2], device[5]} else copy
+            for copy, end in zip(copies, ends, strict=True)
+        ]
+
+    jax.device_put = broken
+    try:
+        check_links(pairs, num_bytes=4096)
+    except CorruptedCopyError as found:
+        error = str(found)
+    finally:
+        jax.device_put = device_put
+    # Who receives it sees it.
+    name = f"1 of 6 links: {device[2]} -> {device[5]}."
+    assert (name in error) if jax.process_index() == 1 else not error
+
+
+def moved_arrays_are_compared_across_processes():
+    tree = {"w": make(VALUES, on((0, 5), "a")), "n": make(VALUES, on((4, 6)))}
+    moved = reallocate(tree, on((7, 3, 2), None, "a"), dtype=jnp.bfloat16, verify=True)
+    assert is_right(moved["w"], VALUES.astype(jnp.bfloat16))
+    sums = checksum({"before": tree["w"], "after": moved["w"]}, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(sums["before"], sums["after"])
+    wrong = make(VALUES[::-1].copy(), on((7, 3, 2), None, "a"))
+    try:
+        check_moved(tree["w"], wrong)
+    except CorruptedCopyError:
+        return
+    raise AssertionError("Another array passed for a copy.")
+
+
 FACTS = (
+    links_between_processes_are_checked,
+    moved_arrays_are_compared_across_processes,
     replicas_are_filled_on_their_side,
     narrowed_arrays_cross_narrow,
     equal_layouts_cost_nothing,
