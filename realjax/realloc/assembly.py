@@ -19,7 +19,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from realjax.realloc import programs
 from realjax.realloc.layouts import Box, Layout
-from realjax.realloc.pieces import Cut, Join, Move, View
+from realjax.realloc.pieces import Arrivals, Cut, Join, Move, View
 from realjax.realloc.programs import Output, Part, Slab, Table
 from realjax.realloc.requests import Request
 
@@ -74,11 +74,14 @@ def plan_moves(
             group.clear()
 
     for leaf, request in enumerate(requests):
-        needed = _buffer_bytes(request)
-        slab = _slab(request, -(-needed // parcel_bytes))
-        if slab is not None:
-            moves.append(_Planner(requests, (leaf,), slab, is_donated).move())
-            continue
+        needed = _buffer_bytes(request, is_in_slabs=False)
+        if needed > parcel_bytes:
+            # In slabs, everything that travels is packed and joined.
+            all_bytes = _buffer_bytes(request, is_in_slabs=True)
+            slab = _slab(request, -(-all_bytes // parcel_bytes))
+            if slab is not None:
+                moves.append(_Planner(requests, (leaf,), slab, is_donated).move())
+                continue
         if size + needed > parcel_bytes:
             close()
             size = 0
@@ -88,19 +91,19 @@ def plan_moves(
     return tuple(moves)
 
 
-def _buffer_bytes(request: Request) -> int:
+def _buffer_bytes(request: Request, *, is_in_slabs: bool) -> int:
     """Count what is packed at sources, and received to be joined at destinations."""
     held = Layout.of(request.source).boxes(request.shape)
     wanted = Layout.of(request.destination).boxes(request.shape)
-    is_narrowed = request.wire_dtype != request.dtype
+    is_cast = request.wire_dtype != request.dtype
     is_finished = request.wire_dtype == request.new_dtype and not request.is_mixed
     packed, received = set(), 0
     for source, destination, box in request.route.moves:
         if source == destination:
             continue
-        if is_narrowed or box != held[source]:
+        if is_in_slabs or is_cast or box != held[source]:
             packed.add((source, box))
-        if not is_finished or box != wanted[destination]:
+        if is_in_slabs or not is_finished or box != wanted[destination]:
             received += _num_elements(box)
     elements = sum(_num_elements(box) for _, box in packed) + received
     return elements * request.wire_dtype.itemsize
@@ -330,14 +333,14 @@ class _Planner:
         for number, sizes in enumerate(work.came):
             shape = self._parcel_shape(sizes)
             arrivals.append(
-                (
+                Arrivals(
                     tuple(numbers[self.received[d][number], d] for d in devices),
                     programs.seen_as_one(mesh, shape),
                     programs.over(mesh, len(shape)),
                 )
             )
         ndims = tuple(len(view.shape) for view in views)
-        ndims += tuple(len(shape) for _, shape, _ in arrivals)
+        ndims += tuple(len(arrival.shape) for arrival in arrivals)
         # What is averaged with is copied before it is written, unless it is given away.
         is_given = self.is_mixed and self.is_donated
         begin = None

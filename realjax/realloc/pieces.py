@@ -46,8 +46,9 @@ def slice_and_join(
         The new arrays, by their number among the requests.
     """
     done: dict[int, Array] = {}
+    gates: dict[int, Array] = {}
     for move in moves:
-        done.update(move.run(arrays, targets, eta))
+        done.update(move.run(arrays, targets, eta, gates))
     return done
 
 
@@ -67,6 +68,20 @@ class View(NamedTuple):
         )
 
 
+class Arrivals(NamedTuple):
+    """Parcels, one for every device of a program, seen as one array."""
+
+    numbers: tuple[int, ...]
+    shape: tuple[int, ...]
+    sharding: Sharding
+
+    def of(self, parcels: Sequence[Array]) -> Array:
+        """Return the one array, which shares the buffers of the parcels."""
+        return jax.make_array_from_single_device_arrays(
+            self.shape, self.sharding, [parcels[number] for number in self.numbers]
+        )
+
+
 class Cut(NamedTuple):
     """A program that packs parcels; output o of device d has number first + o n + d."""
 
@@ -82,8 +97,7 @@ class Join(NamedTuple):
     begin: Any  # makes what a stepped join writes into; None for one step
     mesh: Mesh
     shards: tuple[View, ...]
-    # Numbers of the parcels each device receives, and how they are seen as one array.
-    received: tuple[tuple[tuple[int, ...], tuple[int, ...], Sharding], ...]
+    received: tuple["Arrivals", ...]
     targets: tuple[View, ...]  # what is averaged with
     makes: tuple[int, ...]  # arrays
     devices: tuple[int, ...]
@@ -113,51 +127,44 @@ class Move:
     results: tuple[tuple[int, tuple[int, ...], Sharding, tuple[int, ...]], ...]
 
     def run(
-        self, arrays: Sequence[Array], targets: Sequence[Any] | None, eta: Any
+        self,
+        arrays: Sequence[Array],
+        targets: Sequence[Any] | None,
+        eta: Any,
+        gates: dict[int, Array],
     ) -> Iterator[tuple[int, Array]]:
-        """Issue all steps; give out the new arrays with their numbers."""
+        """Issue all steps; give out the new arrays with their numbers.
+
+        Args:
+            arrays: See `slice_and_join`.
+            targets: The same.
+            eta: The same.
+            gates: By device, something that is there when what was joined before is.
+        """
         sources = [[view.of(arrays[view.leaf]) for view in c.shards] for c in self.cuts]
         kept = [[view.of(arrays[view.leaf]) for view in j.shards] for j in self.joins]
         weights = [eta(join.mesh) if eta else None for join in self.joins]
         made: list[list[Array]] = [[] for _ in self.joins]
-        counts: list[Any] = [None] * len(self.joins)
         for number, join in enumerate(self.joins):
             if targets is not None:
                 made[number] = [view.of(targets[view.leaf]) for view in join.targets]
             if join.begin is not None:
-                made[number], counts[number] = join.begin(made[number])
-            elif self.steps > 1:
-                counts[number] = _zero(join.mesh)
-        at = [_zero(cut.mesh) if self.steps > 1 else None for cut in self.cuts]
-        parcels: list[Array] = []
-        for _ in range(self.steps):
-            buffers: list[Array] = []
-            for number, cut in enumerate(self.cuts):
-                packed, at[number] = cut.function(sources[number], at[number])
-                for buffer in packed:
-                    buffers += [shard_of(buffer, n) for n in range(cut.mesh.size)]
-            parcels = jax.device_put(
-                [
-                    buffers[place] if leaf is None else shard_of(arrays[leaf], place)
-                    for leaf, place in self.sends
-                ],
-                self.homes,
-                may_alias=False,
-            )
-            del buffers
+                made[number] = join.begin(made[number])
+        at = [_zero(cut.mesh) for cut in self.cuts]
+        counts = [_zero(join.mesh) for join in self.joins]
+        for step in range(self.steps):
+            parcels = self._send(arrays, sources, at, gates)
             for number, join in enumerate(self.joins):
-                received = [
-                    jax.make_array_from_single_device_arrays(
-                        shape, sharding, [parcels[parcel] for parcel in numbers]
-                    )
-                    for numbers, shape, sharding in join.received
-                ]
                 made[number], counts[number] = join.function(
                     made[number],
-                    kept[number] + received,
+                    kept[number] + [view.of(parcels) for view in join.received],
                     counts[number],
                     weights[number],
                 )
+                for place, device in enumerate(join.devices):
+                    gates[device] = counts[number].addressable_data(place)
+            if step + 1 < self.steps:
+                del parcels
         shards = {key: parcels[number] for key, number in self.whole.items()}
         for join, arrays_made in zip(self.joins, made, strict=True):
             for leaf, array in zip(join.makes, arrays_made, strict=True):
@@ -170,10 +177,53 @@ class Move:
                 jax.make_array_from_single_device_arrays(shape, sharding, parts),
             )
 
+    def _send(
+        self,
+        arrays: Sequence[Array],
+        sources: list[list[Array]],
+        at: list[Array],
+        gates: dict[int, Array],
+    ) -> list[Array]:
+        """Cut one step's parcels, and copy them to where they go."""
+        buffers: list[Array] = []
+        for number, cut in enumerate(self.cuts):
+            gate = _gate(cut.mesh, gates)
+            packed, at[number] = cut.function(sources[number], at[number], gate)
+            for buffer in packed:
+                buffers += [shard_of(buffer, place) for place in range(cut.mesh.size)]
+        parcels = [
+            buffers[place] if leaf is None else shard_of(arrays[leaf], place)
+            for leaf, place in self.sends
+        ]
+        return jax.device_put(parcels, self.homes, may_alias=False)
+
+
+def _gate(mesh: Mesh, gates: dict[int, Array]) -> Array | None:
+    """Return what keeps a cut waiting until what was joined before is there.
+
+    Devices run as soon as their inputs allow: without this, the parcels of all steps
+    could be there at once. A device waits for what it joined itself, or else for
+    another one.
+    """
+    if not gates:
+        return None
+    others = list(gates.values())
+    devices = list(mesh.devices.flat)
+    tokens = [
+        gates.get(device.id, others[place % len(others)])
+        for place, device in enumerate(devices)
+    ]
+    sharding = programs.over(mesh, 1)
+    homes = [SingleDeviceSharding(device) for device in devices]
+    return jax.make_array_from_single_device_arrays(
+        (mesh.size,), sharding, jax.device_put(tokens, homes)
+    )
+
 
 @functools.lru_cache(maxsize=1024)
 def _zero_function(mesh: Mesh) -> Any:
-    return jax.jit(lambda: jnp.int32(0), out_shardings=programs.over(mesh, 0))
+    sharding = programs.over(mesh, 1)
+    return jax.jit(lambda: jnp.zeros(mesh.size, jnp.int32), out_shardings=sharding)
 
 
 def _zero(mesh: Mesh) -> Array:

@@ -89,11 +89,11 @@ def cut_program(
     ndims: tuple[int, ...],
     outputs: tuple[Output, ...],
     table: Table,
-) -> Callable[[list[Array], Any], tuple[list[Array], Any]]:
+) -> Callable[[list[Array], Array, Array | None], tuple[list[Array], Array]]:
     """Return what packs blocks of shards into buffers, and casts them.
 
-    It takes the shards and the step (None for a program that has one step) and returns
-    the buffers and the next step.
+    It takes the shards, the step and a gate, which it waits for and does not read, and
+    returns the buffers and the next step.
 
     Args:
         mesh: Of the devices, along `AXIS`.
@@ -102,7 +102,9 @@ def cut_program(
         table: Where the blocks begin, by device.
     """
 
-    def cut(shards: list[Array], step: Any) -> tuple[list[Array], Any]:
+    def cut(
+        shards: list[Array], step: Array, gate: Array | None
+    ) -> tuple[list[Array], Array]:
         places = _places(table)
         made = []
         for output in outputs:
@@ -115,7 +117,7 @@ def cut_program(
                 for part in output.parts
             ]
             made.append(pack(shards, blocks, dtype=output.dtype))
-        return made, None if step is None else step + 1
+        return made, step + 1
 
     specs = [_spec(ndim) for ndim in ndims]
     results = [
@@ -125,10 +127,11 @@ def cut_program(
         jax.shard_map(
             cut,
             mesh=mesh,
-            in_specs=(specs, PartitionSpec()),
-            out_specs=(results, PartitionSpec()),
+            in_specs=(specs, _spec(1), _spec(1)),
+            out_specs=(results, _spec(1)),
             check_vma=False,
-        )
+        ),
+        keep_unused=True,
     )
 
 
@@ -144,8 +147,8 @@ def join_program(
 ) -> Callable[..., tuple[list[Array], Any]]:
     """Return what puts blocks of shards and of received buffers in their places.
 
-    It takes the arrays to write into, the shards and buffers, the step (None for one
-    step) and the weight (None copies), and returns the arrays and the next step.
+    It takes the arrays to write into, the shards and buffers, the step and the weight
+    (None copies), and returns the arrays and the next step.
 
     Args:
         mesh: Of the devices, along `AXIS`.
@@ -157,8 +160,8 @@ def join_program(
     """
 
     def join(
-        into: list[Array], inputs: list[Array], step: Any, eta: Any
-    ) -> tuple[list[Array], Any]:
+        into: list[Array], inputs: list[Array], step: Array, eta: Array | None
+    ) -> tuple[list[Array], Array]:
         places = _places(table)
         made = []
         for number, output in enumerate(outputs):
@@ -185,7 +188,7 @@ def join_program(
                     eta=eta,
                 )
             )
-        return made, None if step is None else step + 1
+        return made, step + 1
 
     whole = [_spec(len(output.shape)) for output in outputs]
     specs = [_spec(ndim) for ndim in ndims]
@@ -196,10 +199,10 @@ def join_program(
             in_specs=(
                 whole if is_written else [],
                 specs,
-                PartitionSpec(),
+                _spec(1),
                 PartitionSpec(),
             ),
-            out_specs=(whole, PartitionSpec()),
+            out_specs=(whole, _spec(1)),
             check_vma=False,
         ),
         donate_argnums=0 if is_donated else (),
@@ -209,8 +212,8 @@ def join_program(
 @functools.lru_cache(maxsize=4096)
 def begin_program(
     mesh: Mesh, shapes: tuple[tuple[tuple[int, ...], np.dtype], ...], *, is_copy: bool
-) -> Callable[[list[Array]], tuple[list[Array], Array]]:
-    """Return what makes the arrays that a stepped join writes into, and step 0.
+) -> Callable[[list[Array]], list[Array]]:
+    """Return what makes the arrays that a stepped join writes into.
 
     It takes the arrays to copy, or none.
 
@@ -220,11 +223,10 @@ def begin_program(
         is_copy: There are arrays to copy.
     """
 
-    def begin(copied: list[Array]) -> tuple[list[Array], Array]:
-        made = [jnp.copy(array) for array in copied]
-        if not is_copy:
-            made = [jax.lax.empty(shape, dtype) for shape, dtype in shapes]
-        return made, jnp.int32(0)
+    def begin(copied: list[Array]) -> list[Array]:
+        if is_copy:
+            return [jnp.copy(array) for array in copied]
+        return [jax.lax.empty(shape, dtype) for shape, dtype in shapes]
 
     specs = [_spec(len(shape)) for shape, _ in shapes]
     return jax.jit(
@@ -232,7 +234,7 @@ def begin_program(
             begin,
             mesh=mesh,
             in_specs=(specs if is_copy else [],),
-            out_specs=(specs, PartitionSpec()),
+            out_specs=specs,
             check_vma=False,
         )
     )
@@ -256,12 +258,12 @@ def _places(table: Table) -> Any:
     )
 
 
-def _start(places: Any, part: Part, step: Any) -> tuple[Any, ...]:
+def _start(places: Any, part: Part, step: Array) -> tuple[Any, ...]:
     """Take the next start from the table, and go on to the slab of this step."""
     start = [next(places) for _ in part.size]
     if part.slab is not None:
         axis = part.slab.axis
-        start[axis] = start[axis] + step * part.slab_size[axis]
+        start[axis] = start[axis] + step[0] * part.slab_size[axis]
     return tuple(start)
 
 
