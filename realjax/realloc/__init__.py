@@ -1,11 +1,13 @@
 """Reallocation: parameters and batches between allocations, never through the host.
 
 Read `routes` first (what moves where, without devices; its nouns are `layouts`, `hosts`
-and `hops`), then `transfer` (which moves it), `pieces` (the route that slices and
-assembles) and `offload` (host memory).
+and `hops`), then `transfer` (which moves it) and `mixing` (averages on the way). Behind
+them are `plans` (what is kept about a tree), `assembly`, `pieces` and `programs` (the
+route that slices and joins), `crossing` (other processes) and `offload` (host memory).
 """
 
 from realjax.realloc.hosts import Hosts
+from realjax.realloc.mixing import mix
 from realjax.realloc.offload import is_on_host, live_bytes, to_device, to_host
 from realjax.realloc.routes import Layout, Route, route
 from realjax.realloc.transfer import Traffic, move_array, move_batch, reallocate
@@ -17,6 +19,7 @@ __all__ = [
     "Traffic",
     "is_on_host",
     "live_bytes",
+    "mix",
     "move_array",
     "move_batch",
     "reallocate",
