@@ -14,7 +14,7 @@ from realjax.realloc.hosts import Hosts
 from realjax.realloc.layouts import LeafClass
 from realjax.realloc.routes import Route, route
 
-MAX_HOPS = 1 << 22
+MAX_HOPS = 1 << 21
 """Hops are listed for a drawing up to this many a class."""
 
 MAX_NODES = 64

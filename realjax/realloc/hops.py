@@ -15,7 +15,7 @@ the shares are the least-loaded choice.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -220,10 +220,11 @@ class Meeting:
         pieces, _, _ = self.on_host
         return self.num_groups - np.bincount(pieces, minlength=len(self.piece_bytes))
 
-    def _key(self, source_tiles: np.ndarray, destination_tiles: np.ndarray):
-        return source_tiles * (len(self.destinations.first_groups) - 1) + (
-            destination_tiles
-        )
+    def _key(
+        self, source_tiles: np.ndarray, destination_tiles: np.ndarray
+    ) -> np.ndarray:
+        num_tiles = len(self.destinations.first_groups) - 1
+        return source_tiles * num_tiles + destination_tiles
 
     def crossings(self) -> tuple[np.ndarray, np.ndarray]:
         """The pieces that a host needs and has not: pieces, and groups that need them.
@@ -240,6 +241,10 @@ class Meeting:
         begins[order] = np.cumsum(counts) - counts
         is_missing[begins[pieces] + needing - first[pieces]] = False
         return order[at[is_missing]], needers[is_missing]
+
+
+# Where hops stand in the order of `Hops`, by piece and place of the destination.
+_Slots = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def choose_hops(meeting: Meeting) -> Hops:
@@ -272,7 +277,7 @@ def choose_hops(meeting: Meeting) -> Hops:
     )
 
 
-def _within(meeting: Meeting, slots) -> tuple[np.ndarray, np.ndarray]:
+def _within(meeting: Meeting, slots: _Slots) -> tuple[np.ndarray, np.ndarray]:
     """Give what a host has to its devices, from the holders there."""
     destinations, sources = meeting.destinations, meeting.sources
     pieces, needers, holders = meeting.on_host
@@ -285,7 +290,7 @@ def _within(meeting: Meeting, slots) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _across(
-    meeting: Meeting, slots
+    meeting: Meeting, slots: _Slots
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Send what a host lacks to one of its devices, and relay it to the others."""
     destinations, sources = meeting.destinations, meeting.sources
@@ -316,7 +321,7 @@ def _across(
 class Loads:
     """What every device of a route sends and receives, in bytes.
 
-    These are equal shares, rounded up, and cost no list of hops. Hops deal whole
+    These are equal shares, rounded up, and cost no list of hops. But hops deal whole
     pieces: a device may send or receive up to a piece more in each role, and a relay
     send that piece to every other device of its group.
 
@@ -373,7 +378,10 @@ def share_loads(meeting: Meeting) -> Loads:
     devices = np.union1d(sources.devices, destinations.devices)
     found = Loads(
         devices=devices,
-        **{name: np.zeros(len(devices), np.int64) for name in _LOADS},
+        sent_across=np.zeros(len(devices), np.int64),
+        received_across=np.zeros(len(devices), np.int64),
+        sent_within=np.zeros(len(devices), np.int64),
+        received_within=np.zeros(len(devices), np.int64),
     )
     at, group = np.searchsorted(devices, sources.devices), sources.group_of_place
     found.sent_across[at] = sent_across[sources.tiles[group]]
@@ -384,6 +392,3 @@ def share_loads(meeting: Meeting) -> Loads:
     found.received_within[at] = received_within[group] - meeting.local_bytes
     found.sent_within[at] += relayed[group]
     return found
-
-
-_LOADS = ("sent_across", "received_across", "sent_within", "received_within")
