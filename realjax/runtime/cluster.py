@@ -19,6 +19,7 @@ nothing is sent anywhere.
 """
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import socket
@@ -106,7 +107,7 @@ def start(
             f"This is process {process_index} of {num_processes}. Give each its index,"
             f" 0 to {num_processes - 1}, in JAX_PROCESS_ID."
         )
-    if jax.config.jax_platforms == "cpu":
+    if _has_cpus_only():
         _let_cpus_talk(host)
     try:
         jax.distributed.initialize(
@@ -328,6 +329,14 @@ def _from_environment(name: str, value: int | None) -> int | None:
     if not text.isdecimal():
         raise ValueError(f"{name}={text!r} is no number. Give a whole number.")
     return int(text)
+
+
+def _has_cpus_only() -> bool:
+    """Tell whether JAX will run on CPUs, without asking it to start."""
+    platforms = jax.config.jax_platforms
+    if platforms:
+        return platforms == "cpu"
+    return not importlib.metadata.entry_points(group="jax_plugins")
 
 
 def _let_cpus_talk(coordinator_host: str) -> None:

@@ -12,22 +12,18 @@ from tests.processes.launch import launch
 @pytest.mark.parametrize(
     "num_processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))]
 )
-def test_all_processes_get_what_each_published_and_nothing_stays(num_processes):
-    left = launch(exchanges.exchange, num_processes=num_processes)
-    assert left == [[]] * num_processes
-
-
-@pytest.mark.parametrize(
-    "num_processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))]
-)
-def test_arrays_are_fetched_whole_from_wherever_they_lie(num_processes):
-    num_devices = 8 // num_processes if num_processes > 1 else 2
-    found = launch(
-        exchanges.fetch, num_processes=num_processes, num_devices=num_devices
+def test_values_and_arrays_reach_all_processes_and_nothing_stays(num_processes):
+    fetched, left = zip(
+        *launch(
+            exchanges.fetch_and_exchange,
+            num_processes=num_processes,
+            num_devices=8 // max(num_processes, 2),
+        ),
+        strict=True,
     )
-    dtypes = {"rows": "float32", "scale": "bfloat16", "last": "int64"}
-    dtypes["last"] = found[0]["last"]  # int32 where JAX has no 64 bits
-    assert found == [dtypes] * num_processes
+    dtypes = {"rows": "float32", "scale": "bfloat16", "last": "int32"}
+    assert fetched == (dtypes,) * num_processes
+    assert left == ([],) * num_processes
 
 
 def test_a_failed_process_is_named_to_those_who_wait_for_it():
