@@ -46,7 +46,9 @@ def slice_and_join(
         The new arrays, by their number among the requests.
     """
     done: dict[int, Array] = {}
-    gates: dict[int, Array] = {}
+    # Where there is one step in all, nobody counts and nobody waits.
+    is_alone = sum(move.steps for move in moves) == 1
+    gates: dict[int, Array] | None = None if is_alone else {}
     for move in moves:
         done.update(move.run(arrays, targets, eta, gates))
     return done
@@ -131,7 +133,7 @@ class Move:
         arrays: Sequence[Array],
         targets: Sequence[Any] | None,
         eta: Any,
-        gates: dict[int, Array],
+        gates: dict[int, Array] | None,
     ) -> Iterator[tuple[int, Array]]:
         """Issue all steps; give out the new arrays with their numbers.
 
@@ -139,7 +141,8 @@ class Move:
             arrays: See `slice_and_join`.
             targets: The same.
             eta: The same.
-            gates: By device, something that is there when what was joined before is.
+            gates: By device, something that is there when what was joined before is;
+                None where this is the only step.
         """
         sources = [[view.of(arrays[view.leaf]) for view in c.shards] for c in self.cuts]
         kept = [[view.of(arrays[view.leaf]) for view in j.shards] for j in self.joins]
@@ -150,8 +153,11 @@ class Move:
                 made[number] = [view.of(targets[view.leaf]) for view in join.targets]
             if join.begin is not None:
                 made[number] = join.begin(made[number])
-        at = [_zero(cut.mesh) for cut in self.cuts]
-        counts = [_zero(join.mesh) for join in self.joins]
+        at: list[Any] = [None] * len(self.cuts)
+        counts: list[Any] = [None] * len(self.joins)
+        if gates is not None:
+            at = [_zero(cut.mesh) for cut in self.cuts]
+            counts = [_zero(join.mesh) for join in self.joins]
         for step in range(self.steps):
             parcels = self._send(arrays, sources, at, gates)
             for number, join in enumerate(self.joins):
@@ -161,8 +167,9 @@ class Move:
                     counts[number],
                     weights[number],
                 )
-                for place, device in enumerate(join.devices):
-                    gates[device] = counts[number].addressable_data(place)
+                if gates is not None:
+                    for place, device in enumerate(join.devices):
+                        gates[device] = counts[number].addressable_data(place)
             if step + 1 < self.steps:
                 del parcels
         shards = {key: parcels[number] for key, number in self.whole.items()}
@@ -181,13 +188,13 @@ class Move:
         self,
         arrays: Sequence[Array],
         sources: list[list[Array]],
-        at: list[Array],
-        gates: dict[int, Array],
+        at: list[Any],
+        gates: dict[int, Array] | None,
     ) -> list[Array]:
         """Cut one step's parcels, and copy them to where they go."""
         buffers: list[Array] = []
         for number, cut in enumerate(self.cuts):
-            gate = _gate(cut.mesh, gates)
+            gate = _gate(cut.mesh, gates) if gates else None
             packed, at[number] = cut.function(sources[number], at[number], gate)
             for buffer in packed:
                 buffers += [shard_of(buffer, place) for place in range(cut.mesh.size)]
@@ -198,15 +205,13 @@ class Move:
         return jax.device_put(parcels, self.homes, may_alias=False)
 
 
-def _gate(mesh: Mesh, gates: dict[int, Array]) -> Array | None:
+def _gate(mesh: Mesh, gates: dict[int, Array]) -> Array:
     """Return what keeps a cut waiting until what was joined before is there.
 
     Devices run as soon as their inputs allow: without this, the parcels of all steps
     could be there at once. A device waits for what it joined itself, or else for
     another one.
     """
-    if not gates:
-        return None
     others = list(gates.values())
     devices = list(mesh.devices.flat)
     tokens = [

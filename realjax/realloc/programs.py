@@ -89,11 +89,11 @@ def cut_program(
     ndims: tuple[int, ...],
     outputs: tuple[Output, ...],
     table: Table,
-) -> Callable[[list[Array], Array, Array | None], tuple[list[Array], Array]]:
+) -> Callable[..., tuple[list[Array], Array | None]]:
     """Return what packs blocks of shards into buffers, and casts them.
 
-    It takes the shards, the step and a gate, which it waits for and does not read, and
-    returns the buffers and the next step.
+    It takes the shards, the step (None for an only one) and a gate, which it waits for
+    and does not read, and returns the buffers and the next step.
 
     Args:
         mesh: Of the devices, along `AXIS`.
@@ -103,8 +103,8 @@ def cut_program(
     """
 
     def cut(
-        shards: list[Array], step: Array, gate: Array | None
-    ) -> tuple[list[Array], Array]:
+        shards: list[Array], step: Array | None, gate: Array | None
+    ) -> tuple[list[Array], Array | None]:
         places = _places(table)
         made = []
         for output in outputs:
@@ -117,7 +117,7 @@ def cut_program(
                 for part in output.parts
             ]
             made.append(pack(shards, blocks, dtype=output.dtype))
-        return made, step + 1
+        return made, None if step is None else step + 1
 
     specs = [_spec(ndim) for ndim in ndims]
     results = [
@@ -144,11 +144,11 @@ def join_program(
     *,
     is_written: bool,
     is_donated: bool,
-) -> Callable[..., tuple[list[Array], Any]]:
+) -> Callable[..., tuple[list[Array], Array | None]]:
     """Return what puts blocks of shards and of received buffers in their places.
 
-    It takes the arrays to write into, the shards and buffers, the step and the weight
-    (None copies), and returns the arrays and the next step.
+    It takes the arrays to write into, the shards and buffers, the step (None for an
+    only one) and the weight (None copies), and returns the arrays and the next step.
 
     Args:
         mesh: Of the devices, along `AXIS`.
@@ -160,8 +160,11 @@ def join_program(
     """
 
     def join(
-        into: list[Array], inputs: list[Array], step: Array, eta: Array | None
-    ) -> tuple[list[Array], Array]:
+        into: list[Array],
+        inputs: list[Array],
+        step: Array | None,
+        eta: Array | None,
+    ) -> tuple[list[Array], Array | None]:
         places = _places(table)
         made = []
         for number, output in enumerate(outputs):
@@ -188,7 +191,7 @@ def join_program(
                     eta=eta,
                 )
             )
-        return made, step + 1
+        return made, None if step is None else step + 1
 
     whole = [_spec(len(output.shape)) for output in outputs]
     specs = [_spec(ndim) for ndim in ndims]
@@ -258,7 +261,7 @@ def _places(table: Table) -> Any:
     )
 
 
-def _start(places: Any, part: Part, step: Array) -> tuple[Any, ...]:
+def _start(places: Any, part: Part, step: Any) -> tuple[Any, ...]:
     """Take the next start from the table, and go on to the slab of this step."""
     start = [next(places) for _ in part.size]
     if part.slab is not None:
