@@ -32,6 +32,9 @@ BUDGETS = {
     "head in the f8 step": 0.25 * GIB,
     "head d1": 1.0 * GIB,
     "attention d1": 1.0 * GIB,
+    # The moments of two layers, one read and one written back.
+    "streamed update f8": 0.5 * GIB,
+    "streamed update t8": 0.5 * GIB,
     "head f8": 0.25 * GIB,
     "head t8": 0.25 * GIB,
 }
@@ -143,6 +146,22 @@ def test_decoding_updates_the_cache_in_place():
 @pytest.mark.parametrize(("strategy", "num_rows"), [("d1", 16), ("f8", 32), ("t8", 4)])
 def test_head_adds_little_beyond_inputs_and_gradients(strategy, num_rows):
     check(f"head {strategy}", run("tests/compile_head.py", strategy, str(num_rows)))
+
+
+@pytest.mark.parametrize("strategy", ["f8", "t8"])
+def test_a_streamed_update_keeps_moments_in_host_memory(strategy):
+    streamed, resident = (
+        run("tests/compile_update.py", strategy, kind)
+        for kind in ("streamed", "resident")
+    )
+    check(f"streamed update {strategy}", streamed)
+    # Both moments, a half of what the resident update is given with the gradients.
+    moments = 2 * 8_030_261_248 * 4 // 8
+    assert streamed["host_argument_bytes"] >= moments
+    assert resident["argument_bytes"] - streamed["argument_bytes"] >= moments
+    # In their place, and never twice.
+    assert streamed["host_alias_bytes"] == streamed["host_argument_bytes"]
+    assert streamed["host_temporary_bytes"] == resident["host_argument_bytes"] == 0
 
 
 def test_attention_over_32k_tokens_holds_no_scores():

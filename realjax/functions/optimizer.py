@@ -1,11 +1,12 @@
 """The optimizer of a trained role: AdamW over float32 masters, as an optax chain."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import optax
 
-from realjax.core.arrays import PyTree
+from realjax.core.arrays import Array, PyTree
 from realjax.core.config import check_choice
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -92,19 +93,52 @@ def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.S
 
 def make_optimizer(
     config: OptimizerConfig, num_updates: int
-) -> optax.GradientTransformation:
-    """Clipping, AdamW and the schedule, as one optax chain."""
-    clip = (
-        optax.clip_by_global_norm(config.clip_norm)
-        if config.clip_norm
-        else optax.identity()
-    )
-    return optax.chain(
-        clip,
+) -> optax.GradientTransformationExtraArgs:
+    """Clipping, AdamW and the schedule, as one optax chain.
+
+    With `update(…, norm=…)`, the global norm of all gradients, what becomes of one
+    element depends on no other one: the chain then updates any part of the parameters,
+    with that part of the state, as it would within the whole.
+    """
+    chain = optax.chain(
+        clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=_decays),
         optax.scale_by_learning_rate(learning_rate_schedule(config, num_updates)),
     )
+    return optax.with_extra_args_support(chain)
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """Scale gradients down to a largest global norm, as optax's function of this name.
+
+    Args:
+        max_norm: the largest norm. The update takes the norm there is as `norm`, where
+            it is given a part of the gradients only.
+    """
+
+    def init(params: PyTree) -> optax.OptState:
+        del params
+        return optax.EmptyState()
+
+    def update(
+        updates: PyTree,
+        state: optax.OptState,
+        params: PyTree | None = None,
+        *,
+        norm: Array | None = None,
+        **others: Any,
+    ) -> tuple[PyTree, optax.OptState]:
+        del params, others
+        found = optax.tree.norm(updates) if norm is None else norm
+
+        def clip(leaf: Array) -> Array:
+            scaled = leaf / found.astype(leaf.dtype) * max_norm
+            return jax.lax.select(found < max_norm, leaf, scaled)
+
+        return jax.tree.map(clip, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _decays(parameters: PyTree) -> PyTree:

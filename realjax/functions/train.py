@@ -16,7 +16,7 @@ import optax
 from realjax.core.arrays import Array, PyTree
 from realjax.data.packing import Packing
 from realjax.functions import optimizer as optimizer_lib
-from realjax.functions import packed, routers
+from realjax.functions import packed, routers, streamed
 from realjax.functions.function import Train
 from realjax.models import transformer
 from realjax.parallel.sharding import parameter_shardings, replicated
@@ -30,6 +30,14 @@ class TrainState(NamedTuple):
     optimizer: PyTree
 
 
+class StepScalars(NamedTuple):
+    """What the update of one element needs to know of the whole minibatch."""
+
+    weight: Array
+    norm: Array
+    skip: Array
+
+
 class TrainProgram:
     """The compiled form of one `Train` on one mesh."""
 
@@ -40,6 +48,7 @@ class TrainProgram:
         mesh: jax.sharding.Mesh,
         config: optimizer_lib.OptimizerConfig,
         num_updates: int,
+        move: streamed.Move | None = None,
     ):
         """Compiles nothing yet.
 
@@ -49,6 +58,10 @@ class TrainProgram:
             mesh: of the call.
             config: the optimizer.
             num_updates: optimizer steps in the whole run, for the schedule.
+            move: `realloc.offload.moved_in_program`, for an optimizer that offloads.
+
+        Raises:
+            ValueError: the optimizer offloads, and there is no `move`.
         """
         self.spec, self.program, self.mesh = spec, program, mesh
         self.schedule = optimizer_lib.learning_rate_schedule(config, num_updates)
@@ -62,12 +75,30 @@ class TrainProgram:
         )
         # Gradients and moments lie as parameters do, and with zero1 are cut further.
         self._cut = parameter_shardings(axes, mesh)
+        moments = streamed.on_host(self._cut) if config.offload else self._cut
         self.shardings = TrainState(
             parameter_shardings(axes, mesh, options=program.options),
             optimizer_lib.state_shardings(
-                self.optimizer, abstract, self._cut, self._whole
+                self.optimizer, abstract, moments, self._whole
             ),
         )
+        self._step = self._resident_step
+        if config.offload:
+            if move is None:
+                raise ValueError(
+                    "The optimizer keeps its moments in host memory (offload=True), and"
+                    " nothing was given that moves them. Pass `move=`"
+                    "realjax.realloc.offload.moved_in_program."
+                )
+            self._step = streamed.streamed(
+                self._update,
+                self.optimizer.init,
+                axes,
+                move,
+                mesh=mesh,
+                shardings=self._cut,
+                state_shardings=self.shardings.optimizer,
+            )
         sums = (self._cut, self._whole)
         self._zeros = jax.jit(self._zero_sums, out_shardings=sums)
         # Without `out_shardings` XLA returns fsdp gradients replicated.
@@ -224,28 +255,46 @@ class TrainProgram:
         gradient_sum, means = sums
         means = routers.finished(means)
         weight = means["loss"].weight
-        gradients = jax.tree.map(
-            lambda g: g / jnp.where(weight > 0, weight, 1.0), gradient_sum
-        )
-        norm = optax.tree.norm(gradients)
+        norm = optax.tree.norm(_means(gradient_sum, weight))
         loss = means["loss"].value()
         is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         skip = ~is_finite | (weight <= 0)
         if self.spec.skip is not None:
             skip |= self.spec.skip({name: mean.value() for name, mean in means.items()})
         count = optax.tree_utils.tree_get(state.optimizer, "count", filtering=_is_adam)
-        updates, moments = self.optimizer.update(
-            gradients, state.optimizer, state.parameters
+        # Not to be regrouped with what they were computed from: the update is then the
+        # same arithmetic, however much of the parameters it is given.
+        scalars = jax.lax.optimization_barrier(StepScalars(weight, norm, skip))
+        new = TrainState(
+            *self._step(state.parameters, state.optimizer, gradient_sum, scalars)
         )
-        updates = jax.lax.with_sharding_constraint(updates, self._cut)
-        new = TrainState(optax.apply_updates(state.parameters, updates), moments)
-        kept = jax.tree.map(lambda old, new: jnp.where(skip, old, new), state, new)
-        return kept, means | {
+        return new, means | {
             "grad_norm": _single(norm),
             "learning_rate": _single(self.schedule(count)),
             "skipped": _single(skip),
             "nonfinite": _single(~is_finite),
         }
+
+    def _resident_step(self, parameters, state, gradient_sum, scalars):
+        constrain = lambda x: jax.lax.with_sharding_constraint(x, self._cut)
+        return self._update(parameters, state, gradient_sum, scalars, constrain)
+
+    def _update(
+        self, parameters, state, gradient_sum, scalars: StepScalars, constrain=None
+    ):
+        """Update parameters, all or some, with the state that is theirs."""
+        updates, moments = self.optimizer.update(
+            _means(gradient_sum, scalars.weight), state, parameters, norm=scalars.norm
+        )
+        if constrain is not None:
+            updates = constrain(updates)
+        new = optax.apply_updates(parameters, updates), moments
+        keep = lambda old, new: jnp.where(scalars.skip, old, new)
+        return jax.tree.map(keep, (parameters, state), new)
+
+
+def _means(gradient_sum: PyTree, weight: Array) -> PyTree:
+    return jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1.0), gradient_sum)
 
 
 def _is_adam(path: tuple[Any, ...], _: Any) -> bool:

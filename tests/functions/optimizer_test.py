@@ -12,6 +12,7 @@ from optax import tree_utils
 
 from realjax.functions.optimizer import (
     OptimizerConfig,
+    clip_by_global_norm,
     learning_rate_schedule,
     make_optimizer,
     state_shardings,
@@ -201,6 +202,50 @@ def test_a_gradient_below_the_largest_norm_or_without_one_stays(clip_norm):
     found = first_moment(gradients, clip_norm)
     np.testing.assert_allclose(found["a"]["kernel"], [1.5], rtol=1e-6)
     np.testing.assert_allclose(found["b"]["kernel"], [2.0], rtol=1e-6)
+
+
+def test_clipping_has_the_bits_of_optax():
+    generator = np.random.default_rng(0)
+    gradients = {"a": generator.standard_normal((5, 3)), "b": np.ones(7)}
+    gradients = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradients)
+    for max_norm in (0.3, 100.0):
+        expected, _ = optax.clip_by_global_norm(max_norm).update(
+            gradients, optax.EmptyState()
+        )
+        clip = clip_by_global_norm(max_norm)
+        found, _ = clip.update(gradients, clip.init(gradients))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_part_of_the_parameters_is_updated_as_within_the_whole():
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=0.5), 10)
+    parameters = {"a": {"kernel": jnp.ones((2, 3))}, "b": {"scale": jnp.ones(4)}}
+    gradients = jax.tree.map(lambda x: 2.0 * x, parameters)
+    norm = optax.tree.norm(gradients)
+    whole, state = optimizer.update(
+        gradients, optimizer.init(parameters), parameters, norm=norm
+    )
+    for name in parameters:
+        part = {name: parameters[name]}
+        found, moments = optimizer.update(
+            {name: gradients[name]}, optimizer.init(part), part, norm=norm
+        )
+        for got, expected in zip(
+            jax.tree.leaves((moments[1].mu[name], moments[1].nu[name])),
+            jax.tree.leaves((state[1].mu[name], state[1].nu[name])),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(got, expected)
+        # Optax compiles what corrects the moments, for each tree anew.
+        for got, expected in zip(
+            jax.tree.leaves(found), jax.tree.leaves(whole[name]), strict=True
+        ):
+            np.testing.assert_allclose(got, expected, rtol=1e-6)
+        assert moments[1].count == state[1].count == 1
+    # Without the norm of the whole it would be clipped less: 2 sqrt(6), not 2 sqrt(10).
+    part = {"a": parameters["a"]}
+    _, alone = optimizer.update({"a": gradients["a"]}, optimizer.init(part), part)
+    assert np.all(alone[1].mu["a"]["kernel"] > 1.2 * state[1].mu["a"]["kernel"])
 
 
 # -- state -------------------------------------------------------------------------
