@@ -10,6 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from realjax.parallel import Allocation, make_mesh
 from realjax.realloc import is_on_host, live_bytes, to_device, to_host
+from realjax.realloc.offload import HostCopy, moved_in_program
+from tests.processes.launch import launch
+from tests.realloc import offload_processes
 
 VALUES = np.arange(16 * 8, dtype=np.float32).reshape(16, 8)
 
@@ -93,3 +96,78 @@ def test_shared_buffers_count_once():
     )
     assert live_bytes() == empty + x.nbytes
     assert same.shape == x.shape
+
+
+def test_an_array_whose_sharding_is_in_host_memory_stays_there():
+    tree = tree_on("f4")
+    host = to_host(tree)
+    shardings = {key: leaf.sharding for key, leaf in tree.items()}
+    shardings["cut"] = host["cut"].sharding
+    found = to_device(host, shardings)
+    assert found["cut"] is host["cut"]
+    assert not is_on_host(found["whole"]) and not is_on_host(found["step"])
+    jax.tree.map(np.testing.assert_array_equal, found, tree)
+
+
+def test_a_changed_layout_is_refused_on_the_way_back():
+    tree = tree_on("f4")
+    shardings = {key: leaf.sharding for key, leaf in tree.items()}
+    shardings["cut"] = shardings["whole"]
+    with pytest.raises(ValueError, match="offloading changes the kind of memory alone"):
+        to_device(to_host(tree), shardings)
+
+
+def test_a_host_copy_is_made_once_and_comes_back_as_often_as_needed():
+    gc.collect()
+    empty = live_bytes("pinned_host")
+    tree = tree_on("f4")
+    copy = HostCopy(tree)
+    made = jax.block_until_ready(copy.tree)
+    size = live_bytes("pinned_host") - empty
+    # On 4 devices: a quarter of 512 bytes each, 256 bytes each, 4 bytes each.
+    assert size == 4 * (512 // 4 + 256 + 4)
+    overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
+    for _ in range(3):
+        back = copy.reload()
+        jax.tree.map(np.testing.assert_array_equal, back, tree)
+        jax.block_until_ready(overwrite(back["cut"]))
+    del back
+    gc.collect()
+    assert live_bytes("pinned_host") - empty == size
+    assert all(copy.tree[key] is made[key] for key in made)
+
+
+def test_a_host_copy_leaves_on_the_host_what_was_there_before():
+    tree = tree_on("d2f2")
+    tree["whole"] = to_host(tree["whole"])
+    copy = HostCopy(tree)
+    back = copy.reload()
+    assert is_on_host(copy.tree)
+    assert back["whole"] is tree["whole"]
+    assert not is_on_host(back["cut"]) and not is_on_host(back["step"])
+
+
+def test_reloading_needs_nothing_but_the_destination():
+    host = jax.block_until_ready(to_host(tree_on("f4")))
+    gc.collect()
+    empty = live_bytes()
+    back = to_device(host)
+    assert live_bytes() - empty == 4 * (512 // 4 + 256 + 4)
+    jax.block_until_ready(back)
+
+
+def test_programs_move_arrays_to_the_host_and_back():
+    tree = tree_on("d2f2")
+    to_memory = jax.jit(moved_in_program, static_argnums=1)
+    host = to_memory(tree, "pinned_host")
+    assert is_on_host(host)
+    back = to_memory(host, "device")
+    assert not any(is_on_host(leaf) for leaf in back.values())
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+
+
+@pytest.mark.slow
+def test_arrays_of_other_processes_are_handles_in_both_kinds_of_memory():
+    found = launch(offload_processes.offload_and_reload, num_processes=2)
+    # Shards on the host and back on the devices, of two devices of the second process.
+    assert found == [[0, 0], [2, 2]]
