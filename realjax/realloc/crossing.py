@@ -80,7 +80,8 @@ def cross(
 ) -> list[Array]:
     """Move arrays between devices of any processes, piece by piece.
 
-    Every process calls it, for the same requests in the same order.
+    Every process calls it, for the same requests in the same order, and waits in it
+    for all chunks but the last.
 
     Args:
         requests: What to do with each array.
@@ -104,8 +105,13 @@ def cross(
             if request.is_mixed
             for device, shard in kept[leaf].items()
         )
+    parcels: dict[tuple[int, int], Array] = {}
     for steps in plan_chunks(tuple(requests), chunk_bytes, is_donated):
-        _move_chunk(steps, held, kept, made, weight)
+        # A place for what comes is taken when it is asked for: so one chunk is asked
+        # for when the one before is there, and two live beside sources and results.
+        jax.block_until_ready(list(parcels.values()))
+        parcels = _send(steps, held)
+        _join(steps, parcels, held, kept, made, weight)
     return [
         _from_shards(
             request.shape,
@@ -120,21 +126,21 @@ def cross(
 _Shards = dict[int, Array]
 
 
-def _move_chunk(
+def _join(
     steps: Steps,
+    parcels: dict[tuple[int, int], Array],
     held: Sequence[_Shards],
     kept: Sequence[_Shards],
     made: dict[tuple[int, int], Array],
     weight: Callable[[Mesh], Array] | None,
 ) -> None:
-    """Move one chunk; new shards, or more of them, are put into `made`."""
-    at = _send(steps, held)
+    """Put new shards, or more of them, into `made`."""
     for leaf, device, number in steps.whole:
-        made[leaf, device] = at[number, device]
+        made[leaf, device] = parcels[number, device]
     for call in steps.joins:
         joined = call.function(
             [held[leaf][call.device] for leaf in call.leaves],
-            [at[number, call.device] for number in call.parcels],
+            [parcels[number, call.device] for number in call.parcels],
             [made[leaf, call.device] for leaf in call.continues],
             [kept[leaf][call.device] for leaf in call.averages],
             None if weight is None else weight(_mesh_of(call.device)),

@@ -7,15 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from realjax.realloc import Traffic, move_array, move_batch, reallocate
+from realjax.realloc import Traffic, mix, move_array, move_batch, reallocate
 from realjax.realloc.links import (
     CorruptedCopyError,
     check_links,
     check_moved,
     checksum,
 )
-from realjax.realloc.plans import make_plan, weight_of
-from realjax.realloc.requests import Request
 from realjax.runtime import cluster
 from tests.processes.pairs import buffers, is_right, make, random_pairs
 
@@ -100,15 +98,8 @@ def averages_are_computed_where_they_arrive():
         (on((4, 5), "a"), on((6,))),
     ):
         x, y = make(VALUES.astype(jnp.bfloat16), source), make(target, destination)
-        request = Request(source, destination, x.shape, x.dtype, y.dtype, is_mixed=True)
-        for is_donated, chunk_bytes in ((False, None), (False, 200), (True, 200)):
-            plan = make_plan(
-                (request,),
-                is_shared=False,
-                is_donated=is_donated,
-                chunk_bytes=chunk_bytes,
-            )
-            (mixed,) = plan.run([x], [y], weight_of(0.25))
+        for donate, chunk_bytes in ((False, None), (False, 200), (True, 200)):
+            mixed = mix(x, y, eta=0.25, donate=donate, chunk_bytes=chunk_bytes)
             assert mixed.dtype == y.dtype and mixed.sharding == destination
             wanted = 0.25 * VALUES.astype(jnp.bfloat16).astype(np.float32)
             wanted += 0.75 * target
@@ -116,7 +107,7 @@ def averages_are_computed_where_they_arrive():
                 np.testing.assert_allclose(
                     np.asarray(shard.data), wanted[shard.index], rtol=1e-6
                 )
-            assert is_donated or is_right(y, target)
+            assert donate or is_right(y, target)
 
 
 def empty_and_scalar_arrays_cross():
