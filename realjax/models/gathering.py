@@ -5,13 +5,14 @@
                                 them, else by all processes together
           └ stored tensor       laid out, without padding, joined with its other parts
 
-Processes come to the same items in the same order, since gathering is a collective.
+Processes come to the same items in the same order, since gathering is a collective of
+the devices that hold the parameter, and of no others.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,33 @@ from realjax.models.layout import Stored
 SMALL_BYTES = 16 * 2**20
 """Of a parameter that is copied to the host whole, which compiles nothing."""
 
-BARRIER_SECONDS = 3600
-"""How long a process waits for the others; they may be writing a large model."""
+
+@runtime_checkable
+class Agreement(Protocol):
+    """How the processes of a run wait for each other, and fail as one.
+
+    `realjax.runtime.agreement` has it; here are no processes but the own one.
+    """
+
+    def gather[T](self, act: Callable[[], T]) -> list[T]:
+        """Act in every process; return what each found."""
+        ...
+
+    def together[T](self, act: Callable[[], T]) -> T:
+        """Act in every process; return what this one found."""
+        ...
+
+
+class Alone:
+    """The agreement of one process with itself."""
+
+    def gather[T](self, act: Callable[[], T]) -> list[T]:
+        """Act; return what was found."""
+        return [act()]
+
+    def together[T](self, act: Callable[[], T]) -> T:
+        """Act; return what was found."""
+        return act()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,42 +114,40 @@ def gather(
     return layout.join_parts(parts, sources[0].tensor) if is_wanted else None
 
 
-def processes_of(tree: PyTree) -> list[int]:
-    """Return the processes whose devices hold a tree; all, for arrays on the host.
+def writers(tree: PyTree, agreement: Agreement) -> list[int]:
+    """Return the processes that can write a tree: those whose devices hold it.
+
+    All of them, where each has a copy of its own, on the host or on its devices.
 
     Raises:
-        ValueError: if they hold different parts of it.
+        ValueError: if they hold different parts of it, or do not mean the same arrays.
     """
-    found = {
-        frozenset(device.process_index for device in leaf.sharding.device_set)
-        for leaf in jax.tree.leaves(tree)
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-    }
+    leaves = jax.tree.leaves(tree)
+    views = agreement.gather(lambda: [_holders(leaf) for leaf in leaves])
+    found = set()
+    for seen in zip(*views, strict=True):
+        is_own = all(holders in ([], [p]) for p, holders in enumerate(seen))
+        is_shared = all(holders == seen[0] for holders in seen)
+        if is_shared and seen[0]:
+            found.add(tuple(seen[0]))
+        elif not is_own:
+            raise ValueError(
+                "The processes do not save the same arrays: one lies in the processes"
+                f" {', '.join(map(str, seen))}, as each of them sees it. Give all of"
+                " them the same parameters, or their handles."
+            )
     if len(found) > 1:
         raise ValueError(
-            f"The parameters lie on the devices of different processes: {found}. Save"
-            " parameters of one allocation."
+            "The parameters lie on the devices of different processes:"
+            f" {', '.join(map(str, sorted(found)))}. Save parameters of one allocation."
         )
-    return sorted(found.pop()) if found else list(range(jax.process_count()))
+    return list(found.pop()) if found else list(range(len(views)))
 
 
-def wait_for_all(name: str) -> None:
-    """Wait until every process of the run has come here; nothing is computed.
-
-    Args:
-        name: of this place; a process at another place is an error.
-
-    Raises:
-        jax.errors.JaxRuntimeError: if a process does not come.
-    """
-    if jax.process_count() == 1:
-        return
-    # jax names no public barrier but a collective, which would need devices that may
-    # be busy and that some processes do not have.
-    from jax._src import distributed
-
-    client: Any = distributed.global_state.client
-    client.wait_at_barrier(name, timeout_in_ms=1000 * BARRIER_SECONDS)
+def _holders(leaf: Any) -> list[int]:
+    if not isinstance(leaf, jax.Array):
+        return []
+    return sorted({device.process_index for device in leaf.sharding.device_set})
 
 
 def _item(source: Source, dtype: np.dtype, is_wanted: bool) -> np.ndarray | None:
@@ -143,6 +167,7 @@ def _item(source: Source, dtype: np.dtype, is_wanted: bool) -> np.ndarray | None
         order,
         dtype,
         _item_sharding(array, order, is_replicated=not is_ours),
+        array.sharding.memory_kind == "pinned_host",
     )
     if not is_wanted:
         return None
@@ -163,17 +188,20 @@ def _item_sharding(
     return NamedSharding(sharding.mesh, PartitionSpec(*inner))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _item_on_devices(
     array: Array,
     index: Array,
     order: tuple[int, ...],
     dtype: np.dtype,
     sharding: Sharding | None,
+    is_on_host: bool,
 ) -> Array:
     """Take an item of the stack, lay it out and cast it: devices do that faster."""
     for place in index:
         array = jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
+    if is_on_host:
+        array = jax.device_put(array, jax.memory.Space.Device)
     # A copy, even if there is nothing to do: an array keeps the host copy that was
     # once made of it, and this one is soon gone.
     item = jnp.copy(array.transpose(order).astype(dtype))

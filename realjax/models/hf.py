@@ -9,6 +9,7 @@ time, and the folder appears under its name only when complete.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -31,11 +32,12 @@ from realjax.models.checkpoint_config import (
 from realjax.models.config import ModelConfig
 from realjax.models.families import family
 from realjax.models.gathering import (
+    Agreement,
+    Alone,
     Source,
     gather,
-    processes_of,
     stored_sources,
-    wait_for_all,
+    writers,
 )
 from realjax.models.layout import Box, Stored
 from realjax.models.new_folder import NewFolder
@@ -165,27 +167,31 @@ def save(
     role: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: DTypeLike = jnp.float32,
+    agreement: Agreement | None = None,
 ) -> None:
     """Write a checkpoint that transformers and vLLM load, all of it or nothing.
 
     In a run of several processes all of them call this, with a folder that all of them
-    see; each writes some of the files.
+    see; those whose devices hold the parameters write some of the files each.
 
     Args:
         folder: to make or, if it is a checkpoint already, to replace.
         config: of the model.
-        parameters: on any devices, also of several processes.
+        parameters: on any devices, also of several processes; handles in those that
+            hold nothing of them.
         tokenizer: saved into the folder too.
         role: what the model was trained to be, noted in config.json; see `read_role`.
         max_shard_bytes: of one safetensors file; a larger tensor gets its own.
         dtype: to store; float32 keeps the masters exactly.
+        agreement: of the processes; needed if there are several.
 
     Raises:
         FileExistsError: if the folder holds something that is not a checkpoint.
         ValueError: if the parameters are not those of the config, or cannot be stored
-            as `dtype`.
+            as `dtype`, or if there are several processes and no agreement.
     """
-    new, dtype = NewFolder(folder), jnp.dtype(dtype)
+    agreement = agreement or _alone()
+    new, dtype = agreement.together(lambda: NewFolder(folder)), jnp.dtype(dtype)
     check_stored_dtype(dtype)
     check_parameters(config, parameters)
     family(config.family).write_config(config)  # Refuses what its files cannot say.
@@ -195,9 +201,10 @@ def save(
         for name, parts in sources.items()
     ]
     plan = plan_files(shapes, dtype, max_shard_bytes)
-    writers = processes_of(parameters)
-    is_first = jax.process_index() == writers[0]
-    if is_first:
+    owners = writers(parameters, agreement)
+    is_first = jax.process_index() == owners[0]
+
+    def begin() -> None:
         partial = new.begin()
         # A policy ends its texts as its tokenizer says, which may be another's.
         eos_ids = getattr(tokenizer, "eos_ids", ())
@@ -205,16 +212,21 @@ def save(
         write_index(partial, plan, dtype)
         if tokenizer is not None:
             tokenizer.save(partial)
-    wait_for_all(f"{new.path}: begun")
-    _check_shared(new.partial)
-    for number, planned in enumerate(plan):
-        parts = [sources[name] for name in planned.shapes]
-        owner = writers[number % len(writers)]
-        _write_planned(new.partial, planned, parts, dtype, owner)
-    wait_for_all(f"{new.path}: written")
-    if is_first:
-        new.finish()
-    wait_for_all(f"{new.path}: done")
+
+    agreement.together(begin if is_first else lambda: None)
+    agreement.together(lambda: _check_shared(new.partial))
+    agreement.together(lambda: _write_all(new.partial, plan, sources, dtype, owners))
+    agreement.together(new.finish if is_first else lambda: None)
+
+
+def _alone() -> Agreement:
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes save together, and there is no"
+            " `agreement` for them to wait for each other. Give each a"
+            " `realjax.runtime.agreement.Agreement`."
+        )
+    return Alone()
 
 
 def _wanted_config(
@@ -305,21 +317,32 @@ def _stored_sources(config: ModelConfig, parameters: PyTree) -> dict[str, list[S
     return stored_sources(list(zip(tensors, arrays, shapes, strict=True)))
 
 
-def _write_planned(
+def _write_all(
     folder: Path,
-    planned: PlannedFile,
-    parts: list[list[Source]],
+    plan: Sequence[PlannedFile],
+    sources: dict[str, list[Source]],
     dtype: np.dtype,
-    owner: int,
+    owners: Sequence[int],
 ) -> None:
-    """Write a file, if this process is its owner, of what all gather."""
-    is_owner = jax.process_index() == owner
-    arrays = (gather(sources, dtype, is_wanted=is_owner) for sources in parts)
-    if is_owner:
-        write_file(folder, planned, cast(Any, arrays), dtype)
-        return
-    for _ in arrays:
-        pass
+    """Write this process's share of the files, of what the owners gather together."""
+    failure: Exception | None = None
+    for number, planned in enumerate(plan):
+        parts = [sources[name] for name in planned.shapes]
+        owner = owners[number % len(owners)]
+        is_writing = jax.process_index() == owner and failure is None
+        arrays = (gather(each, dtype, is_wanted=is_writing) for each in parts)
+        try:
+            if is_writing:
+                write_file(folder, planned, cast(Any, arrays), dtype)
+        except Exception as error:
+            if len(owners) == 1:
+                raise
+            failure = error
+        # The others' files need this process's devices, also when it has failed.
+        for _ in arrays:
+            pass
+    if failure is not None:
+        raise failure
 
 
 def _check_shared(partial: Path) -> None:

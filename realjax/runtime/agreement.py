@@ -18,6 +18,9 @@ import jax
 
 from realjax.runtime import cluster
 
+TIMEOUT_SECONDS = 3600.0
+"""How long to wait for a process, which may be writing a large model."""
+
 SHARED_SECONDS = 30.0
 """How long what one process has made may take to show in the others."""
 
@@ -52,7 +55,7 @@ class Agreement:
         about: str,
         *,
         errors: tuple[type[Exception], ...] = (),
-        timeout_seconds: float = cluster.TIMEOUT_SECONDS,
+        timeout_seconds: float = TIMEOUT_SECONDS,
     ):
         self._key = f"agreement/{next(_NUMBERS)}/{about}"
         self._exchanges = itertools.count()

@@ -26,6 +26,7 @@ from realjax.parallel.sharding import (
     rows_sharding,
 )
 from realjax.rl import logprobs
+from realjax.runtime.agreement import Agreement
 
 
 class Model:
@@ -151,13 +152,17 @@ class Model:
         return tokens, lengths, scalars, segments
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes a Hugging Face folder, with the tokenizer if there is one."""
+        """Writes a Hugging Face folder, with the tokenizer if there is one.
+
+        All processes of a run call this.
+        """
         hf.save(
             folder,
             self.config,
             self.parameters,
             tokenizer=self.tokenizer,
             role=self.role,
+            agreement=Agreement("model"),
         )
 
     def _rows(self, tokens, segment_ids):

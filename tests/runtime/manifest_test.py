@@ -49,3 +49,20 @@ def test_a_broken_list_is_damage(folder, text):
 
 def test_a_folder_without_a_list_is_damaged(tmp_path):
     assert manifest.find_damage(tmp_path) == f"{tmp_path / manifest.FILE} is missing."
+
+
+def test_readers_share_the_files_and_find_what_one_would(folder):
+    (folder / "a" / "data").write_bytes(b"9876543210")
+    found = [manifest.find_damage(folder, share=(n, 2)) for n in (0, 1)]
+    assert [damage for damage in found if damage] == [manifest.find_damage(folder)]
+
+
+def test_what_others_described_is_listed_unread(folder, tmp_path):
+    known = manifest.describe(folder, folder / "a")
+    assert known == {"a/data": [10, 2793719750]}
+    assert manifest.describe(folder, folder / "none") == {}
+    before = (folder / manifest.FILE).read_text()
+    manifest.write(folder, leave_out=("later",), known=known)
+    assert (folder / manifest.FILE).read_text() == before
+    manifest.write(folder, leave_out=("later",), known={"a/data": [10, 0]})
+    assert "a/data is damaged" in str(manifest.find_damage(tmp_path))
