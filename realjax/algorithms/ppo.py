@@ -37,6 +37,8 @@ class PPO:
         value_loss: "mse" or "huber".
         value_norm: how value targets are normalised: "exp", "ma" or "none".
         minibatches, epochs, shuffle: optimizer steps per rollout and their order.
+        reference_ema: η, by which the reference follows the policy after every step:
+            p ← η policy + (1 − η) p; 0 leaves it as it is.
         max_ratio, max_kl: a minibatch whose mean importance ratio or mean approximate
             KL (nats per token) exceeds these changes nothing; 0 turns the check off.
     """
@@ -56,6 +58,7 @@ class PPO:
     minibatches: int = 4
     epochs: int = 1
     shuffle: bool = False
+    reference_ema: float = 0.0
     max_ratio: float = 5.0
     max_kl: float = 0.0
 
@@ -172,6 +175,8 @@ def graph(hp: PPO) -> DataflowGraph:
         reads=("tokens", "completion_mask", "values", "value_targets"),
     )
     reference = infer(reads=scored, temperature=temperature)
+    follow = functions.Follow(source="policy", weight=hp.reference_ema or 1.0)
+    followers = {"follow": call("reference", follow)} if hp.reference_ema else {}
     return DataflowGraph(
         rollout=call("policy", generate),
         reward=call(None if hp.rewards else "reward", score),
@@ -180,4 +185,5 @@ def graph(hp: PPO) -> DataflowGraph:
         advantages=call(None, estimate),
         train_policy=call("policy", train_policy),
         train_critic=call("critic", train_critic),
+        **followers,
     )

@@ -22,6 +22,7 @@ from realjax.functions.function import Follow, Generate, Infer, Score, Train, Tr
 from realjax.functions.score import RewardWorkers
 from realjax.parallel.mesh import make_mesh
 from realjax.parallel.sharding import handles, replicated, rows_sharding
+from realjax.realloc.transfer import Traffic
 from realjax.runtime import cluster
 from realjax.runtime.measures import Metrics, completion_metrics, completion_texts
 from realjax.runtime.parameters import ParameterStore
@@ -40,10 +41,12 @@ class Pass:
         step: number of the step; draws depend on it.
         is_training: False for a pass that changes nothing.
         on_wave: told (waves done, waves in all) during generation.
+        traffic: counts parameters that move.
     """
 
     buffer: Buffer
     step: int
+    traffic: Traffic
     is_training: bool = True
     on_wave: Callable[[int, int], None] | None = None
 
@@ -213,8 +216,11 @@ class Calls:
         spec: Follow = node.function
         home = self.place(name)
         self.store.get(node.role, home, version)
-        with self.watch.calling(name, home.allocation.devices, step=passing.step) as e:
-            e.watch(self.store.follow(node.role, spec.source, spec.weight))
+        arguments = (node.role, spec.source, spec.weight, passing.traffic)
+        with self._running(name, passing) as event:
+            mixed = self.store.follow(*arguments)
+            if event is not None:
+                event.watch(mixed)
         return {}
 
     def _transform(self, name, node, passing: Pass) -> Metrics:

@@ -129,8 +129,14 @@ class Executor:
             of several processes each has the metrics of the calls it ran.
         """
         buffer, metrics = Buffer(batch), {}
-        passing = Pass(buffer=buffer, step=step, is_training=training, on_wave=on_wave)
         self.traffic, self.batch_traffic = Traffic(), buffer.traffic
+        passing = Pass(
+            buffer=buffer,
+            step=step,
+            traffic=self.traffic,
+            is_training=training,
+            on_wave=on_wave,
+        )
         self.store.begin_step()
         for task in self.steps if training else self.evaluation_steps:
             if isinstance(task, schedule_lib.Run):

@@ -18,6 +18,7 @@ from realjax.models.config import ModelConfig
 from realjax.parallel.mesh import make_mesh
 from realjax.parallel.sharding import parameter_shardings
 from realjax.realloc import offload
+from realjax.realloc.mixing import mix
 from realjax.realloc.transfer import Traffic, reallocate
 
 PARTS: tuple[Part, ...] = ("parameters", "optimizer")
@@ -51,6 +52,7 @@ class ParameterStore:
         models: of each role.
         homes: where each role stays.
         resting: parts of roles, (role, part), that are in host memory between steps.
+        verifies: whether every move of parameters is checked by sums.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class ParameterStore:
         models: Mapping[str, ModelConfig],
         homes: Mapping[str, Place],
         resting: Collection[tuple[str, Part]] = (),
+        *,
+        verifies: bool = False,
     ):
         """Starts empty.
 
@@ -65,9 +69,10 @@ class ParameterStore:
             models: of each role.
             homes: where each role stays; float32 masters where it is changed.
             resting: parts of roles that are in host memory between steps.
+            verifies: whether every move of parameters is checked by sums, and waits.
         """
         self.models, self.homes = models, homes
-        self.resting = frozenset(resting)
+        self.resting, self.verifies = frozenset(resting), verifies
         self._kept: dict[str, _Kept] = {role: _Kept() for role in homes}
         self._copies: dict[tuple, tuple[int, PyTree]] = {}
 
@@ -167,22 +172,16 @@ class ParameterStore:
             kept.device[part] = offload.to_device(kept.host[part])
         return kept.device[part]
 
-    def follow(self, role: str, source: str, weight: float) -> PyTree:
+    def follow(self, role: str, source: str, weight: float, traffic: Traffic) -> PyTree:
         """Moves a role's parameters towards another's, in float32, at its home.
 
         Args:
             role: that follows.
             source: that it follows; a head that only one of them has is left alone.
             weight: of the source.
+            traffic: counts what moves; added to.
         """
-        leader = reallocate(
-            self.reload(source), self.shardings(role, self.homes[role]), dtype="float32"
-        )
-        mixed = jax.tree.map(
-            lambda new, old: weight * new + (1 - weight) * old,
-            leader,
-            self.reload(role),
-        )
+        mixed = mix(self.reload(source), self.reload(role), eta=weight, traffic=traffic)
         self._change(role, {"parameters": mixed})
         return mixed
 
@@ -237,6 +236,7 @@ class ParameterStore:
             self.shardings(role, place),
             dtype=place.dtype,
             traffic=traffic,
+            verify=self.verifies,
         )
         self._copies[role, place.key] = kept.version, copy
         return copy

@@ -250,7 +250,7 @@ def load_parameters(run: Run) -> ParameterStore:
     homes = home_places(run.graph, run.plan, dtypes)
     models = {name: role.model for name, role in run.roles.items()}
     resting = resting_on_host(run.graph, run.plan, streamed_roles(run.roles))
-    store = ParameterStore(models, homes, resting)
+    store = ParameterStore(models, homes, resting, verifies=run.config.check_moves)
     for index, (name, role) in enumerate(run.roles.items()):
         shardings = store.shardings(name, homes[name])
         key = jax.random.fold_in(jax.random.key(run.config.seed), index)

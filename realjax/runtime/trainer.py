@@ -21,11 +21,14 @@ from realjax.data.loader import Loader
 from realjax.dataflow.draw import graph_svg
 from realjax.functions.function import Generate
 from realjax.models import hf
+from realjax.realloc.links import check_links
 from realjax.runtime import cluster, named_arrays, report
+from realjax.runtime.agreement import Agreement
 from realjax.runtime.checkpoint import Checkpointer
 from realjax.runtime.console import Console
 from realjax.runtime.evaluation import Evaluation, evaluate
 from realjax.runtime.executor import Executor
+from realjax.runtime.links import plan_links
 from realjax.runtime.measures import to_numbers
 from realjax.runtime.memory import fits_function, run_account
 from realjax.runtime.model import Model
@@ -147,6 +150,10 @@ class Trainer:
             store.set_train_state(role, program.init_optimizer(store.at_home(role)))
         self._restore()
         store.rest()
+        # Devices of a CPU have no links: their copies are within one memory.
+        if config.check_links and jax.default_backend() != "cpu":
+            rows = size * run.train_data.rows_per_record
+            check_links(plan_links(self.executor, rows, run.width))
         self._first_step = self.step
         self.metrics = self._metrics_writers()
         opened.callback(self.metrics.close)
@@ -376,6 +383,7 @@ class Trainer:
                 self.executor.store.saved_state(role)["parameters"],
                 tokenizer=self.run.tokenizer,
                 role=role,
+                agreement=Agreement(f"export of {role}"),
             )
 
     def _tell_exports(self) -> None:

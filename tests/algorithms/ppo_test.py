@@ -197,3 +197,10 @@ def test_a_step_reports_what_readers_of_trl_and_real_look_for():
         "val/ratio",
         "val/clipfrac_avg",
     }
+
+
+def test_the_reference_follows_the_policy_only_on_request():
+    assert "follow" not in ppo.graph(ppo.PPO()).calls
+    graph = ppo.graph(ppo.PPO(reference_ema=0.001))
+    assert graph.calls["follow"].function.weight == 0.001
+    assert graph.changed_roles == ("policy", "reference", "critic")

@@ -1,11 +1,22 @@
 """What the processes of `executor_test.py` and `trainer_test.py` do."""
 
+import contextlib
+import os
+import pathlib
+import signal
+
 import jax
 import numpy as np
 
 from realjax.runtime import cluster
+from realjax.runtime.checkpoint import CheckpointConfig
+from realjax.runtime.console import Console
 from realjax.runtime.measures import to_numbers
+from realjax.runtime.run import prepare
+from realjax.runtime.run_config import EvaluationConfig
+from realjax.runtime.trainer import Trainer
 from tests.e2e import tiny_ppo
+from tests.runtime import small_runs
 
 # Of 8 devices: the rollout is in the first half, the reference in the second, and both
 # train over all. With four processes of 2 devices, reward and reference have one each.
@@ -62,3 +73,45 @@ def check_equal(found, wanted):
             np.testing.assert_allclose(
                 value, theirs["numbers"][name], rtol=2e-4, atol=1e-5, err_msg=name
             )
+
+
+def small_run(folder, workdir, allocation, stop_after=0):
+    """Trains on answers; process 1 alone gets a signal after some steps, if any.
+
+    Returns what was measured, whether it finished, and the rows that were read here.
+    """
+    folder = pathlib.Path(folder)
+    config = small_runs.sft_config(
+        folder,
+        allocation=allocation,
+        steps=4,
+        evaluation=EvaluationConfig(),
+        checkpoint=CheckpointConfig(keep=2),
+    )
+    run = prepare(config)
+    trainer = Trainer(run, pathlib.Path(workdir), Console(is_quiet=True))
+    agree = trainer._agree
+
+    def agree_and_stop(numbers):
+        if trainer.step == stop_after and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return agree(numbers)
+
+    trainer._agree = agree_and_stop
+    with contextlib.closing(trainer):
+        result = trainer.train()
+    columns = {name: values.tolist() for name, values in result.metrics.items()}
+    return {
+        "metrics": columns,
+        "is_finished": result.is_finished,
+        "num_rows_read": run.train_data.num_rows_read,
+        "step": trainer.step,
+    }
+
+
+def stop_and_go_on(folder, workdir, allocation):
+    """Two runs in one folder: the first is stopped after two steps."""
+    return [
+        small_run(folder, workdir, allocation, stop_after=2),
+        small_run(folder, workdir, allocation),
+    ]
