@@ -20,6 +20,7 @@ from realjax.realloc.parcels import (
     Parcel,
     Portion,
     Steps,
+    ends_here,
     route_between,
     size_of,
     ways,
@@ -96,7 +97,8 @@ class _Planner:
         for number, parcel in enumerate(self.parcels):
             for device, relays in parcel.targets:
                 if process_of(device) != process_of(parcel.source):
-                    links[parcel.source, device].append(number)
+                    if ends_here(parcel.source, device):
+                        links[parcel.source, device].append(number)
                 elif is_ours(device):
                     copies.append((number, parcel.source, device))
                 if is_ours(device):

@@ -176,6 +176,13 @@ def ways(found: Route) -> Iterator[tuple[int, int, Targets | None]]:
         )
 
 
+def ends_here(source: int, destination: int) -> bool:
+    """Tell whether this process takes part in copies between two devices."""
+    me = jax.process_index()
+    ends = {hosts().of_device(source), hosts().of_device(destination)}
+    return is_counted_by_all() or me in ends
+
+
 def route_between(request: Request) -> Route:
     """Return the route of a request, with processes for hosts."""
     return route(

@@ -23,16 +23,18 @@ import importlib.metadata
 import json
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from realjax.core.arrays import Array, PyTree
 from realjax.realloc.processes import handle
+from realjax.runtime.messages import decode, encode
 
 __all__ = [
     "ClusterError",
@@ -51,11 +53,12 @@ TIMEOUT_SECONDS = 1200.0
 """How long to wait for a process that may be compiling."""
 
 _HEARTBEAT_SECONDS = 60
+_WATCH_SECONDS = 5.0
+_GRACE_SECONDS = 20.0
 _LOOK_SECONDS = 2.0  # How often someone who waits asks whether a process has failed.
 _NUM_CPU_THREADS = 32
 _CHUNK_BYTES = 1 << 20  # A message of gRPC has at most 4 MiB.
 _PREFIX = "realjax"
-_ARRAY = "__array__"
 
 
 Box = tuple[tuple[int, int], ...]
@@ -128,21 +131,46 @@ def start(
 
 @contextlib.contextmanager
 def telling_failures() -> Iterator[None]:
-    """Tell the others of an error in this process, so that they do not wait for it.
+    """Tell the others of an error in this process, and hear of theirs.
 
-    A process that is killed cannot tell: the others miss its heartbeat, and end.
+    Who waits for a value of the failed process gets a `ClusterError`. One that waits
+    for its devices cannot: it ends, some seconds later, with a message. A process that
+    is killed tells nothing: the others miss its heartbeat, and end.
     """
+    # Not jax.process_count(): it starts the devices, and so waits for the others.
+    from jax._src import distributed
+
+    client, index = distributed.global_state.client, distributed.global_state.process_id
+    if client is None:
+        yield
+        return
+    is_over = threading.Event()
+    threading.Thread(target=_watch, args=(client, is_over), daemon=True).start()
     try:
         yield
     except BaseException as error:
-        if not _is_alone() and not isinstance(error, SystemExit):
+        if not isinstance(error, SystemExit):
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                _client().key_value_set(
-                    f"{_PREFIX}/failed/{jax.process_index()}",
+                client.key_value_set(
+                    f"{_PREFIX}/failed/{index}",
                     f"{type(error).__name__}: {error}",
                     allow_overwrite=True,
                 )
         raise
+    finally:
+        is_over.set()
+
+
+def _watch(client: Any, is_over: threading.Event) -> None:
+    """End this process when another has failed and this one does not notice."""
+    while not is_over.wait(_WATCH_SECONDS):
+        try:
+            failed = client.key_value_dir_get(f"{_PREFIX}/failed/")
+        except jax.errors.JaxRuntimeError:
+            return  # The store is gone, which JAX notices as well.
+        if failed and not is_over.wait(_GRACE_SECONDS):
+            print(_failure(*failed[0]), file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def publish(key: str, value: Any, *, to: Sequence[int] | None = None) -> None:
@@ -158,7 +186,7 @@ def publish(key: str, value: Any, *, to: Sequence[int] | None = None) -> None:
     readers = [p for p in (range(jax.process_count()) if to is None else to) if p != me]
     if not readers:
         return
-    message = _encode(value)
+    message = encode(value)
     starts = range(0, max(len(message), 1), _CHUNK_BYTES)
     name = _name(key, me)
     try:
@@ -199,7 +227,7 @@ def collect(
             _wait(f"{name}/{number}", key, process, deadline)
             for number in range(header["chunks"])
         ]
-        values.append(_decode(b"".join(chunks)))
+        values.append(decode(b"".join(chunks)))
         is_last = header["readers"] == 1 or (
             _client().key_value_increment(f"{name}/read", 1) == header["readers"]
         )
@@ -219,7 +247,7 @@ def gather(
     others = [p for p in range(jax.process_count()) if p != me]
     values = collect(key, others, timeout_seconds=timeout_seconds)
     # What one gets back is what the others get: lists where there were tuples.
-    return [*values[:me], _decode(_encode(value)), *values[me:]]
+    return [*values[:me], decode(encode(value)), *values[me:]]
 
 
 def merge(
@@ -405,8 +433,12 @@ def _raise_failures() -> None:
         failed = _client().key_value_dir_get(f"{_PREFIX}/failed/")
     except jax.errors.JaxRuntimeError as error:
         raise _lost(error) from error
-    for name, message in failed:
-        raise ClusterError(f"Process {name.rpartition('/')[2]} failed: {message}")
+    if failed:
+        raise ClusterError(_failure(*failed[0]))
+
+
+def _failure(name: str, message: str) -> str:
+    return f"Process {name.rpartition('/')[2]} failed: {message}"
 
 
 def _lost(error: Exception) -> ClusterError:
@@ -418,51 +450,3 @@ def _lost(error: Exception) -> ClusterError:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
-
-
-def _encode(value: Any) -> bytes:
-    """Write JSON with its arrays behind it: no pickles, which run what they say."""
-    arrays: list[np.ndarray] = []
-
-    def plain(node: Any) -> Any:
-        if isinstance(node, np.ndarray | np.generic):
-            arrays.append(np.ascontiguousarray(node).reshape(np.shape(node)))
-            return {_ARRAY: [len(arrays) - 1, isinstance(node, np.generic)]}
-        if isinstance(node, jax.Array):
-            raise TypeError(
-                f"Found a {node.dtype}{list(node.shape)} of JAX among the values, and"
-                " only the host talks here. Use `fetch`, or give a NumPy array."
-            )
-        if isinstance(node, Mapping):
-            return {key: plain(child) for key, child in node.items()}
-        if isinstance(node, list | tuple):
-            return [plain(child) for child in node]
-        return node
-
-    tree = plain(value)
-    kinds = [[array.dtype.name, array.shape] for array in arrays]
-    text = json.dumps({"tree": tree, "arrays": kinds}).encode()
-    blocks = [array.tobytes() for array in arrays]
-    return b"".join([len(text).to_bytes(8, "little"), text, *blocks])
-
-
-def _decode(message: bytes) -> Any:
-    end = 8 + int.from_bytes(message[:8], "little")
-    head = json.loads(message[8:end])
-    arrays = []
-    for name, shape in head["arrays"]:
-        dtype = jnp.dtype(name)
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        block = np.frombuffer(message[end : end + size], dtype)
-        arrays.append(block.reshape(shape).copy())
-        end += size
-
-    def full(node: Any) -> Any:
-        if isinstance(node, dict):
-            if node.keys() == {_ARRAY}:
-                number, is_scalar = node[_ARRAY]
-                return arrays[number][()] if is_scalar else arrays[number]
-            return {key: full(child) for key, child in node.items()}
-        return [full(child) for child in node] if isinstance(node, list) else node
-
-    return full(head["tree"])

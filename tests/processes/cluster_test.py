@@ -35,6 +35,17 @@ def test_a_failed_process_is_named_to_those_who_wait_for_it():
 
 
 @pytest.mark.slow
+def test_a_failed_process_ends_those_who_wait_for_its_devices():
+    (status, text), _ = launch(
+        exchanges.one_fails_while_another_waits_for_its_device,
+        num_processes=2,
+        num_devices=1,
+        may_fail=True,
+    )
+    assert status == 1 and "Process 1 failed: ValueError: the reward of row 3" in text
+
+
+@pytest.mark.slow
 def test_a_late_process_is_named():
     message, _ = launch(exchanges.one_is_late, num_processes=2, num_devices=1)
     assert message.startswith("Process 1 did not publish 'late' in time")

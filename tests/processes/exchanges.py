@@ -7,7 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from realjax.runtime import cluster
 
@@ -87,3 +87,11 @@ def one_is_killed():
     if jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     cluster.barrier("never")
+
+
+def one_fails_while_another_waits_for_its_device():
+    ours, theirs = (SingleDeviceSharding(device) for device in jax.devices())
+    if jax.process_index() == 1:
+        raise ValueError("the reward of row 3 is not a number")
+    sent = cluster.handle((8,), np.float32, theirs)
+    jax.block_until_ready(jax.device_put(sent, ours))
