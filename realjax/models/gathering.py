@@ -167,7 +167,6 @@ def _item(source: Source, dtype: np.dtype, is_wanted: bool) -> np.ndarray | None
         order,
         dtype,
         _item_sharding(array, order, is_replicated=not is_ours),
-        array.sharding.memory_kind == "pinned_host",
     )
     if not is_wanted:
         return None
@@ -188,20 +187,17 @@ def _item_sharding(
     return NamedSharding(sharding.mesh, PartitionSpec(*inner))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _item_on_devices(
     array: Array,
     index: Array,
     order: tuple[int, ...],
     dtype: np.dtype,
     sharding: Sharding | None,
-    is_on_host: bool,
 ) -> Array:
     """Take an item of the stack, lay it out and cast it: devices do that faster."""
     for place in index:
         array = jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
-    if is_on_host:
-        array = jax.device_put(array, jax.memory.Space.Device)
     # A copy, even if there is nothing to do: an array keeps the host copy that was
     # once made of it, and this one is soon gone.
     item = jnp.copy(array.transpose(order).astype(dtype))

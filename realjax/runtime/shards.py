@@ -133,8 +133,7 @@ def copy_pieces(
             if piece.box in found:
                 shards[piece] = found[piece.box].data
             shards[piece].copy_to_host_async()  # All are on their way at once.
-    # Memory of the host may be seen without a copy, and be given away meanwhile.
-    return {piece: np.array(shard) for piece, shard in shards.items()}
+    return {piece: _copy(shard) for piece, shard in shards.items()}
 
 
 def write(
@@ -209,6 +208,16 @@ def merge(folder: pathlib.Path, views: Views) -> None:
 def own_folder(folder: pathlib.Path, process: int) -> pathlib.Path:
     """The part of the folder of arrays that one process writes."""
     return folder / f"{_PROCESS_FOLDER}{process}"
+
+
+def _copy(shard: Any) -> np.ndarray:
+    """Copy an array to the host, once."""
+    if isinstance(shard, jax.Array) and shard.sharding.memory_kind == "device":
+        devices = shard.sharding.device_set
+        if all(device.platform != "cpu" for device in devices):
+            return np.asarray(shard)
+    # NumPy would see the memory of the array itself, which may be given away.
+    return np.array(shard)
 
 
 def _is_shared(name: str, views: Views) -> bool:

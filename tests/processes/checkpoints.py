@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from realjax.runtime import shards
+from realjax.runtime import manifest, shards
 from realjax.runtime.checkpoint import (
     Checkpointer,
     FailedSaveError,
@@ -252,17 +252,25 @@ def idle_devices():
     assert not compiled
 
 
-def save_until_killed(folder):
-    """Saves for ever; the last process is killed while it writes one of the steps."""
-    write = shards.write
+def save_until_killed(folder, victim, moment):
+    """Saves for ever; a process is killed inside the save of step 4."""
+    process, write, list_files = jax.process_index(), shards.write, manifest.write
 
-    def write_half(base, data, views, process):
-        if base.parent.name.startswith("4.") and process == jax.process_count() - 1:
-            (shards.own_folder(base, process) / "d").mkdir(parents=True)
+    def kill(place):
+        if process == victim and place.name.startswith("4."):
             os.kill(os.getpid(), signal.SIGKILL)
-        write(base, data, views, process)
 
-    shards.write = write_half
+    def write_half(base, *given):
+        if moment == "writes":
+            (shards.own_folder(base, process) / "d").mkdir(parents=True)
+            kill(base.parent)
+        write(base, *given)
+
+    def list_and_end(place, **given):
+        list_files(place, **given)
+        kill(place)
+
+    shards.write, manifest.write = write_half, list_and_end
     with Checkpointer(folder, keep=2) as checkpointer:
         for step in range(1, 100):
             checkpointer.save(step, make(step, "wide"), {"position": step})
