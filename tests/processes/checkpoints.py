@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,7 @@ def live(folder, saved_alone):
             checkpointer.restore_latest({})
         for step in (1, 2, 3):
             trees = make(step, "wide")
-            with idle_devices():
+            with pending_call(), no_collectives():
                 checkpointer.save(step, trees, {"position": 10 * step + me})
                 checkpointer.wait()
             assert checkpointer.steps()[-1] == step
@@ -229,7 +230,24 @@ def raising(kind, pattern):
 
 
 @contextlib.contextmanager
-def idle_devices():
+def pending_call():
+    """Has all devices of process 0 in a call that others come to only at the end."""
+    where = NamedSharding(Mesh(jax.devices(), "d"), P("d"))
+    rows = jax.make_array_from_callback((8,), where, lambda index: np.ones(8)[index])
+    total = jax.jit(jnp.sum, out_shardings=NamedSharding(where.mesh, P()))
+    assert jax.device_get(total(rows)) == 8  # Compiles.
+    call = threading.Thread(target=lambda: total(rows).block_until_ready())
+    if jax.process_index() == 0:
+        call.start()
+    yield
+    assert jax.process_index() > 0 or call.is_alive()
+    if jax.process_index() > 0:
+        call.start()
+    call.join()
+
+
+@contextlib.contextmanager
+def no_collectives():
     """Fails where processes wait for each other by collectives, or compile."""
     compiled = []
 
