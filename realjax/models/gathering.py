@@ -169,6 +169,8 @@ def _item(source: Source, dtype: np.dtype, is_wanted: bool) -> np.ndarray | None
         _item_sharding(array, order, is_replicated=not is_ours),
     )
     if not is_wanted:
+        # Items would pile up on these devices, far ahead of the process that writes.
+        jax.block_until_ready(item)
         return None
     host = np.asarray(item if is_ours else item.addressable_data(0))
     return host.transpose(np.argsort(order))[cut]

@@ -20,6 +20,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from realjax.core.arrays import Array, Key, PyTree
+from realjax.core.shared_folder import wait_to_see
 from realjax.models import families, layout
 from realjax.models.block import INIT_DEVIATION
 from realjax.models.byte_ranges import FLOATS
@@ -214,7 +215,7 @@ def save(
             tokenizer.save(partial)
 
     agreement.together(begin if is_first else lambda: None)
-    agreement.together(lambda: _check_shared(new.partial))
+    agreement.together(lambda: wait_to_see(new.partial / CONFIG_FILE))
     agreement.together(lambda: _write_all(new.partial, plan, sources, dtype, owners))
     agreement.together(new.finish if is_first else lambda: None)
 
@@ -343,11 +344,3 @@ def _write_all(
             pass
     if failure is not None:
         raise failure
-
-
-def _check_shared(partial: Path) -> None:
-    if not (partial / CONFIG_FILE).is_file():
-        raise FileNotFoundError(
-            f"Process {jax.process_index()} does not see the folder {partial} that"
-            " another process has made. Save to a file system that all processes share."
-        )

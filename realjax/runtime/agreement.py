@@ -9,8 +9,6 @@ one process these are calls of the functions.
 """
 
 import itertools
-import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +18,6 @@ from realjax.runtime import cluster
 
 TIMEOUT_SECONDS = 3600.0
 """How long to wait for a process, which may be writing a large model."""
-
-SHARED_SECONDS = 30.0
-"""How long what one process has made may take to show in the others."""
 
 # Of the agreements made in this process. All processes make them in the same order.
 _NUMBERS = itertools.count()
@@ -63,12 +58,18 @@ class Agreement:
         self._errors = {error.__name__: error for error in (*_ERRORS, *errors)}
 
     def decide[T](self, find: Callable[[], T]) -> T:
-        """Return what process 0 finds; only there `find` is called."""
+        """Return what process 0 finds; only there `find` is called.
+
+        Raises:
+            Exception: what `find` raised there, if it is one of the known errors.
+            ClusterError: what it raised, otherwise.
+        """
         found = self._outcomes(find if jax.process_index() == 0 else lambda: None)
         if "error" in found[0]:
-            # It is as true here as there.
             kind, text = found[0]["error"]
-            raise self._errors.get(kind, cluster.ClusterError)(text)
+            if kind in self._errors:
+                raise self._errors[kind](text)  # It is as true here as there.
+            raise cluster.ClusterError(f"Process 0 failed: {kind}: {text}")
         return found[0]["value"]
 
     def gather[T](self, act: Callable[[], T]) -> list[T]:
@@ -114,19 +115,3 @@ class Agreement:
         if own is not None:
             raise own
         return found
-
-
-def wait_to_see(path: pathlib.Path) -> None:
-    """Wait until a path that process 0 has made shows in this one.
-
-    Raises:
-        FileNotFoundError: it does not.
-    """
-    deadline = time.monotonic() + SHARED_SECONDS
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise FileNotFoundError(
-                f"Process {jax.process_index()} does not see {path}, which process 0"
-                " has made. Use a folder that all processes share."
-            )
-        time.sleep(0.05)

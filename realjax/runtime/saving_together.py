@@ -21,9 +21,10 @@ from typing import Any, cast
 import jax
 import orbax.checkpoint as ocp
 
+from realjax.core.shared_folder import wait_to_see
 from realjax.realloc.processes import handle
 from realjax.runtime import manifest, named_arrays, shards
-from realjax.runtime.agreement import Agreement, wait_to_see
+from realjax.runtime.agreement import Agreement
 from realjax.runtime.saving_alone import TEMPORARY
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from realjax.runtime.agreement import Agreement, wait_to_see
+from realjax.core.shared_folder import wait_to_see
+from realjax.runtime.agreement import Agreement
 
 _RUN = "run.json"
 _LOCK = "run.lock"

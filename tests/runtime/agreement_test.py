@@ -2,8 +2,7 @@
 
 import pytest
 
-from realjax.runtime import agreement
-from realjax.runtime.agreement import Agreement, wait_to_see
+from realjax.runtime.agreement import Agreement
 
 
 def test_one_process_agrees_with_itself():
@@ -23,10 +22,3 @@ def test_its_error_is_raised_as_it_is():
         with pytest.raises(OSError) as caught:
             settle(fail)
         assert caught.value is error
-
-
-def test_a_path_that_does_not_show_is_named(tmp_path, monkeypatch):
-    wait_to_see(tmp_path)
-    monkeypatch.setattr(agreement, "SHARED_SECONDS", 0.0)
-    with pytest.raises(FileNotFoundError, match=r"Process 0 does not see .*/missing"):
-        wait_to_see(tmp_path / "missing")
