@@ -7,7 +7,7 @@ import pytest
 
 from realjax.runtime import manifest
 from realjax.runtime.checkpoint import Checkpointer
-from tests.processes import checkpoints
+from tests.processes import checkpoints, exports
 from tests.processes.launch import launch
 
 NUM_DEVICES = 8
@@ -27,11 +27,15 @@ def in_processes(num_processes, function, *arguments, **options):
     )
 
 
-def test_two_processes_save_restore_and_fail_as_one(tmp_path):
+def test_two_processes_save_restore_export_and_fail_as_one(tmp_path):
     alone, folder = str(tmp_path / "alone"), str(tmp_path / "two")
     checkpoints.save(alone, "wide")
-    left = in_processes(2, checkpoints.live, folder, alone)
-    assert left == [["3", "5", "damaged-4", "run"]] * 2
+    # One launch: starting processes costs more than what they do.
+    exported = tmp_path / "export"
+    found = in_processes(2, checkpoints.live_and_export, folder, alone, str(exported))
+    assert [one["left"] for one in found] == [["3", "5", "damaged-4", "run"]] * 2
+    exports.check_files(exported / "model", found)
+    exports.check_reads(found)
     assert checkpoints.restore(folder, "wide", 5) == [5, {"position": 5}]
 
 

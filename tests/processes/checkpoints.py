@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import pathlib
-import re
 import signal
 import threading
 
@@ -24,6 +23,7 @@ from realjax.runtime.checkpoint import (
     NoCheckpointError,
 )
 from realjax.runtime.workdir import WorkdirError, claim_workdir
+from tests.processes import exports
 
 
 def numbers(scale):
@@ -124,13 +124,17 @@ def restore(folder, layout, scale):
     return [found.step, found.metadata]
 
 
+def live_and_export(folder, saved_alone, exported):
+    return {"left": live(folder, saved_alone), **exports.live(exported, 8, True)}
+
+
 def live(folder, saved_alone):
     """Restores, saves, fails and goes on; asserts what this process sees."""
     me = jax.process_index()
     assert restore(saved_alone, "narrow", 3) == [3, {"position": 3}]
     with Checkpointer(folder, keep=2) as checkpointer:
         assert [checkpointer.steps(), checkpointer.latest_step()] == [[], None]
-        with raising(NoCheckpointError, "no complete checkpoint"):
+        with exports.raising(NoCheckpointError, "no complete checkpoint"):
             checkpointer.restore_latest({})
         for step in (1, 2, 3):
             trees = make(step, "wide")
@@ -176,18 +180,22 @@ def check_failures(checkpointer):
         shards.write = full
     checkpointer.save(5, make(5, "wide"), {})
     who = "" if me == 1 else ".*Process 1 failed: OSError"
-    with raising(FailedSaveError, "is full: the checkpoint of step 5.*4 is complete"):
+    with exports.raising(
+        FailedSaveError, "is full: the checkpoint of step 5.*4 is complete"
+    ):
         checkpointer.wait()
     shards.write = write
-    with raising(
+    with exports.raising(
         FailedSaveError, r"policy is float32\[2\] in process 0 and .*\[3\] in"
     ):
         checkpointer.save(5, {"policy": np.zeros(2 + me, np.float32)}, {})
-    with raising(FailedSaveError, "policy has pieces of .*Give it one sharding"):
+    with exports.raising(
+        FailedSaveError, "policy has pieces of .*Give it one sharding"
+    ):
         where = NamedSharding(Mesh(jax.devices(), "d"), P("d" if me else None))
         policy = jax.make_array_from_callback((8,), where, lambda i: np.zeros(8)[i])
         checkpointer.save(5, {"policy": policy}, {})
-    with raising(MismatchedCheckpointError, "is of another model"):
+    with exports.raising(MismatchedCheckpointError, "is of another model"):
         checkpointer.restore(4, {"policy": np.zeros(3)})
     assert who or me == 1
     assert sorted(path.name for path in folder.iterdir()) == ["3", "4"]
@@ -210,23 +218,15 @@ def check_damage(checkpointer):
 def check_claims(workdir):
     """One claim for all; a refusal reaches all."""
     with claim_workdir(workdir, {"seed": 0}):
-        with raising(WorkdirError, "in use by process"):
+        with exports.raising(WorkdirError, "in use by process"):
             claim_workdir(workdir, {"seed": 0})
-    with raising(WorkdirError, "seed was 0 and is 1 now"):
+    with exports.raising(WorkdirError, "seed was 0 and is 1 now"):
         claim_workdir(workdir, {"seed": 1})
-    with raising(WorkdirError, "Process 1 was started with another config.*\n  seed"):
+    with exports.raising(
+        WorkdirError, "Process 1 was started with another config.*\n  seed"
+    ):
         claim_workdir(workdir, {"seed": jax.process_index()})
     claim_workdir(workdir, {"seed": 0}).close()
-
-
-@contextlib.contextmanager
-def raising(kind, pattern):
-    try:
-        yield
-    except kind as error:
-        assert re.search(pattern, str(error), re.DOTALL), error
-    else:
-        raise AssertionError(f"No {kind.__name__}: {pattern}")
 
 
 @contextlib.contextmanager

@@ -133,6 +133,34 @@ def check(loaded):
             np.testing.assert_array_equal(shard.data, whole[shard.index])
 
 
+def check_files(folder, found):
+    """The processes took turns, and what they wrote is the model."""
+    paths = sorted(folder.glob("*.safetensors"))
+    names = [path.name for path in paths]
+    assert len(paths) > 4
+    sizes = [path.stat().st_size for path in paths]
+    assert max(sizes) < 1.2 * MAX_SHARD_BYTES
+    for process, one in enumerate(found):
+        assert one["written"] == names[process :: len(found)]
+    check_model(folder)
+
+
+def check_model(folder):
+    loaded = hf.load(folder)
+    jax.tree.map(np.testing.assert_array_equal, loaded, numbers())
+
+
+def check_reads(found):
+    """Each read what its devices hold, and nothing where they hold nothing."""
+    num_bytes = 4 * CONFIG.num_parameters
+    for process, one in enumerate(found):
+        whole, first, *mixed = (part / num_bytes for part in one["read"])
+        # fsdp cuts all but the norms; with t2 some more is whole.
+        assert 1 / len(found) <= whole < 1 / len(found) + 0.02
+        assert first == (process == 0)
+        assert all(1 / len(found) <= part < 1 / len(found) + 0.05 for part in mixed)
+
+
 @contextlib.contextmanager
 def noting_files():
     """Lists the files that this process writes."""
