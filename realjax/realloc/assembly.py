@@ -56,7 +56,11 @@ class _Work(NamedTuple):
 
 
 def plan_moves(
-    requests: Sequence[Request], *, parcel_bytes: int, is_donated: bool = False
+    requests: Sequence[Request],
+    *,
+    parcel_bytes: int,
+    is_shared: bool = False,
+    is_donated: bool = False,
 ) -> tuple[Move, ...]:
     """Work out the moves of some arrays: groups of small ones, slabs of large ones.
 
@@ -64,13 +68,15 @@ def plan_moves(
         requests: What to do with each array.
         parcel_bytes: What the buffers of one step may take, at their sources and at
             their destinations together.
+        is_shared: Shards that stay as and where they are are not copied.
         is_donated: What arrays are averaged with is written in place.
     """
+    permissions = is_shared, is_donated
     moves, group, size = [], [], 0
 
     def close() -> None:
         if group:
-            moves.append(_Planner(requests, tuple(group), None, is_donated).move())
+            moves.append(_Planner(requests, tuple(group), None, *permissions).move())
             group.clear()
 
     for leaf, request in enumerate(requests):
@@ -80,7 +86,7 @@ def plan_moves(
             all_bytes = _buffer_bytes(request, is_in_slabs=True)
             slab = _slab(request, -(-all_bytes // parcel_bytes))
             if slab is not None:
-                moves.append(_Planner(requests, (leaf,), slab, is_donated).move())
+                moves.append(_Planner(requests, (leaf,), slab, *permissions).move())
                 continue
         if size + needed > parcel_bytes:
             close()
@@ -141,10 +147,11 @@ class _Planner:
         requests: Sequence[Request],
         leaves: tuple[int, ...],
         slab: Slab | None,
+        is_shared: bool,
         is_donated: bool,
     ):
         self.requests, self.leaves = requests, leaves
-        self.slab, self.is_donated = slab, is_donated
+        self.slab, self.is_shared, self.is_donated = slab, is_shared, is_donated
         self.is_mixed = requests[leaves[0]].is_mixed
         self.held, self.wanted, self.places = {}, {}, {}
         self.devices: dict[int, Any] = {}
@@ -191,6 +198,12 @@ class _Planner:
             homes=homes,
             whole=whole,
             joins=joins,
+            stays=tuple(
+                (leaf, device, place)
+                for leaf in self.leaves
+                for device, place in self.places[leaf][0].items()
+                if self._stays(leaf, device)
+            ),
             results=tuple(
                 (
                     leaf,
@@ -217,6 +230,16 @@ class _Planner:
         for (source, destination, _), items in sent.items():
             parcels[Parcel(source, tuple(items))].append(destination)
         return parcels
+
+    def _stays(self, leaf: int, device: int) -> bool:
+        """Tell whether a shard is shared instead of copied."""
+        request = self.requests[leaf]
+        return (
+            self.is_shared
+            and not request.is_mixed
+            and request.dtype == request.new_dtype
+            and self.wanted[leaf].get(device) == self.held[leaf].get(device)
+        )
 
     def _is_shard(self, parcel: Parcel) -> bool:
         """Tell whether a parcel is a shard as it is."""
@@ -307,15 +330,17 @@ class _Planner:
             makes = tuple(
                 leaf
                 for leaf in self.leaves
-                if device in self.wanted[leaf] and (leaf, device) not in whole
+                if device in self.wanted[leaf]
+                and (leaf, device) not in whole
+                and not self._stays(leaf, device)
             )
             if makes:
                 received = self.received[device]
                 received.sort(key=lambda parcel: (_sizes(parcel), parcel))
-                kept = self.own[device].items()
+                kept = self.own[device]
                 work = _Work(
                     makes,
-                    tuple((leaf, _size(box)) for leaf, box in kept),
+                    tuple((leaf, _size(kept[leaf])) for leaf in makes if leaf in kept),
                     tuple(map(_sizes, received)),
                 )
                 groups[work].append(device)

@@ -48,7 +48,7 @@ def slice_and_join(
     done: dict[int, Array] = {}
     # Where there is one step in all, nobody counts and nobody waits.
     is_alone = sum(move.steps for move in moves) == 1
-    gates: dict[int, Array] | None = None if is_alone else {}
+    gates = None if is_alone else Gates()
     for move in moves:
         done.update(move.run(arrays, targets, eta, gates))
     return done
@@ -117,6 +117,7 @@ class Move:
         homes: Where each parcel goes.
         whole: (array, device) of the new shards that are a parcel as it came.
         joins: What destination devices make.
+        stays: Array, device and place of the shards that are shared with the source.
         results: Array, shape, sharding and devices of what is made.
     """
 
@@ -126,6 +127,7 @@ class Move:
     homes: list[SingleDeviceSharding]
     whole: dict[tuple[int, int], int]
     joins: tuple[Join, ...]
+    stays: tuple[tuple[int, int, int], ...]
     results: tuple[tuple[int, tuple[int, ...], Sharding, tuple[int, ...]], ...]
 
     def run(
@@ -133,7 +135,7 @@ class Move:
         arrays: Sequence[Array],
         targets: Sequence[Any] | None,
         eta: Any,
-        gates: dict[int, Array] | None,
+        gates: "Gates | None",
     ) -> Iterator[tuple[int, Array]]:
         """Issue all steps; give out the new arrays with their numbers.
 
@@ -141,8 +143,7 @@ class Move:
             arrays: See `slice_and_join`.
             targets: The same.
             eta: The same.
-            gates: By device, something that is there when what was joined before is;
-                None where this is the only step.
+            gates: What keeps this step behind the one before; None for an only step.
         """
         sources = [[view.of(arrays[view.leaf]) for view in c.shards] for c in self.cuts]
         kept = [[view.of(arrays[view.leaf]) for view in j.shards] for j in self.joins]
@@ -159,6 +160,7 @@ class Move:
             at = [_zero(cut.mesh) for cut in self.cuts]
             counts = [_zero(join.mesh) for join in self.joins]
         for step in range(self.steps):
+            tokens: dict[int, Array] = {}
             parcels = self._send(arrays, sources, at, gates)
             for number, join in enumerate(self.joins):
                 made[number], counts[number] = join.function(
@@ -169,10 +171,14 @@ class Move:
                 )
                 if gates is not None:
                     for place, device in enumerate(join.devices):
-                        gates[device] = counts[number].addressable_data(place)
+                        tokens[device] = counts[number].addressable_data(place)
+            if gates is not None:
+                gates.close(tokens)
             if step + 1 < self.steps:
                 del parcels
         shards = {key: parcels[number] for key, number in self.whole.items()}
+        for leaf, device, place in self.stays:
+            shards[leaf, device] = shard_of(arrays[leaf], place)
         for join, arrays_made in zip(self.joins, made, strict=True):
             for leaf, array in zip(join.makes, arrays_made, strict=True):
                 for place, device in enumerate(join.devices):
@@ -189,12 +195,12 @@ class Move:
         arrays: Sequence[Array],
         sources: list[list[Array]],
         at: list[Any],
-        gates: dict[int, Array] | None,
+        gates: "Gates | None",
     ) -> list[Array]:
         """Cut one step's parcels, and copy them to where they go."""
         buffers: list[Array] = []
         for number, cut in enumerate(self.cuts):
-            gate = _gate(cut.mesh, gates) if gates else None
+            gate = gates.of(cut.mesh) if gates is not None else None
             packed, at[number] = cut.function(sources[number], at[number], gate)
             for buffer in packed:
                 buffers += [shard_of(buffer, place) for place in range(cut.mesh.size)]
@@ -205,24 +211,40 @@ class Move:
         return jax.device_put(parcels, self.homes, may_alias=False)
 
 
-def _gate(mesh: Mesh, gates: dict[int, Array]) -> Array:
-    """Return what keeps a cut waiting until what was joined before is there.
+class Gates:
+    """Keeps every step behind the one before, so that few parcels are there at once.
 
-    Devices run as soon as their inputs allow: without this, the parcels of all steps
-    could be there at once. A device waits for what it joined itself, or else for
-    another one.
+    Devices run whatever has its inputs, and memory is taken when a program or a copy is
+    issued. So a cut takes a token as well, which the join before it gave out. On a CPU
+    memory that is not touched costs nothing, and Python may issue all steps ahead; on
+    other devices it waits for the step before the last one.
     """
-    others = list(gates.values())
-    devices = list(mesh.devices.flat)
-    tokens = [
-        gates.get(device.id, others[place % len(others)])
-        for place, device in enumerate(devices)
-    ]
-    sharding = programs.over(mesh, 1)
-    homes = [SingleDeviceSharding(device) for device in devices]
-    return jax.make_array_from_single_device_arrays(
-        (mesh.size,), sharding, jax.device_put(tokens, homes)
-    )
+
+    def __init__(self):
+        """Nothing was joined yet."""
+        self._last: dict[int, Array] = {}
+        self._before: dict[int, Array] = {}
+
+    def close(self, tokens: dict[int, Array]) -> None:
+        """Take over what the joins of a step gave out, by device."""
+        self._last, self._before = tokens or self._last, self._last
+
+    def of(self, mesh: Mesh) -> Array | None:
+        """Return what a cut waits for: its own device's join, or else another one's."""
+        devices = list(mesh.devices.flat)
+        if devices[0].platform != "cpu":
+            jax.block_until_ready(self._before)
+        if not self._last:
+            return None
+        others = list(self._last.values())
+        tokens = [
+            self._last.get(device.id, others[place % len(others)])
+            for place, device in enumerate(devices)
+        ]
+        homes = [SingleDeviceSharding(device) for device in devices]
+        return jax.make_array_from_single_device_arrays(
+            (mesh.size,), programs.over(mesh, 1), jax.device_put(tokens, homes)
+        )
 
 
 @functools.lru_cache(maxsize=1024)

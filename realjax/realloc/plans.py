@@ -22,6 +22,7 @@ from realjax.realloc.parcels import route_between
 from realjax.realloc.pieces import Move, slice_and_join
 from realjax.realloc.processes import handle
 from realjax.realloc.requests import Request
+from realjax.realloc.routes import Kind
 from realjax.realloc.traffic import Traffic
 
 MIN_CHUNK_BYTES = 8 << 20
@@ -147,7 +148,7 @@ def make_plan(
 
     Args:
         requests: What to do with each.
-        is_shared: Where nothing changes, the array itself is returned.
+        is_shared: Where nothing changes, buffers are shared instead of copied.
         is_donated: What arrays are averaged with is written in place.
         chunk_bytes: How much may be on its way at once; None takes an eighth of the
             tree.
@@ -159,9 +160,14 @@ def make_plan(
     crossing: dict[int, Request] = {}
     elsewhere: dict[int, Request] = {}
     identities: dict[Any, list[int]] = {}
+    if chunk_bytes is None:
+        total = sum(request.wire_bytes for request in requests)
+        chunk_bytes = max(MIN_CHUNK_BYTES, total // CHUNKS)
     for number, request in enumerate(requests):
         kind = _kind(number, request)
-        count_request(traffic, request)
+        if kind == "jit" and request.wire_bytes > chunk_bytes:
+            kind = "slice"  # Collectives take two arrays beside the result.
+        count_request(traffic, request, kind)
         is_plain = request.dtype == request.new_dtype and not request.is_mixed
         if kind == "none" and is_shared and is_plain:
             if request.source == request.destination:
@@ -180,9 +186,6 @@ def make_plan(
             puts.append(number)
         else:
             sliced.append(number)
-    if chunk_bytes is None:
-        total = sum(request.wire_bytes for request in requests)
-        chunk_bytes = max(MIN_CHUNK_BYTES, total // CHUNKS)
     return Plan(
         traffic=traffic,
         same=tuple(same),
@@ -190,7 +193,7 @@ def make_plan(
         identities=tuple(
             (chunk, _Identity([requests[n] for n in chunk], is_donated))
             for (kind, _), numbers in identities.items()
-            # What a copy makes is all it takes; collectives take as much again.
+            # What a copy makes is all it takes; collectives take twice as much again.
             for chunk in _chunks(
                 numbers, requests, chunk_bytes if kind == "jit" else None
             )
@@ -201,6 +204,7 @@ def make_plan(
         moves=plan_moves(
             [requests[n] for n in sliced],
             parcel_bytes=chunk_bytes,
+            is_shared=is_shared,
             is_donated=is_donated,
         ),
         crossing=crossing,
@@ -210,9 +214,8 @@ def make_plan(
     )
 
 
-def count_request(traffic: Traffic, request: Request) -> None:
+def count_request(traffic: Traffic, request: Request, kind: Kind) -> None:
     """Add what one array's move will count as."""
-    kind = request.route.kind
     traffic.leaves[kind] += 1
     traffic.bytes[kind] += request.wire_bytes
     if kind == "jit":
@@ -223,7 +226,7 @@ def count_request(traffic: Traffic, request: Request) -> None:
             traffic.crossed_bytes += route_between(request).phase_bytes["across"]
 
 
-def _kind(number: int, request: Request) -> str:
+def _kind(number: int, request: Request) -> Kind:
     for sharding in (request.source, request.destination):
         device = next(iter(sharding.device_set))
         if sharding.memory_kind not in (None, device.default_memory().kind):

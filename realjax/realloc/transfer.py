@@ -50,7 +50,8 @@ def reallocate(
         shardings: The shardings they shall have; a prefix of the tree will do.
         dtype: Floating arrays are cast to it, before they travel where it is narrower.
         traffic: Counts what moves; added to.
-        alias: Where nothing changes, return the array itself instead of a copy.
+        alias: Where nothing changes, share buffers with the source instead of copying:
+            all of an array, or those of devices that keep what they have.
         chunk_bytes: The memory that pieces may take beside sources and results; None
             takes an eighth of the tree, 8 MiB at least. Arrays move in groups of so
             many bytes, and larger ones in slabs.

@@ -131,15 +131,17 @@ def test_a_route_is_worked_out_once():
     [
         ("d2f2t2", "d2f2t2", "none"),
         ("f8", "t8", "jit"),  # all-to-all
-        ("f4t2", "d4t2", "jit"),  # gather
-        ("d8", "f2t4", "jit"),  # slice in place
-        ("t8", "d8", "jit"),
+        ("t4@4-7", "f4@4-7", "jit"),
+        ("f4t2", "d4t2", "slice"),  # gather
+        ("d8", "f2t4", "slice"),  # slice in place
+        ("t8", "d8", "slice"),
         ("f4@0-3", "f4@4-7", "put"),
         ("t2@0-1", "t2@6,7", "put"),
         ("f4@0-3", "t4@4-7", "slice"),
         ("t2@0-1", "t4@0-3", "slice"),
         ("t4@0-3", "t4@3,2,1,0", "slice"),  # the same devices in another order
         ("f2@0-1", "f2@1-2", "slice"),  # device 1 in both
+        ("f8", "f4t2", "slice"),  # two dimensions
         # The compiler would build whole arrays on every device.
         ("d2f2t2", "t8", "slice"),
         ("f8", "d2t4", "slice"),

@@ -246,6 +246,19 @@ def test_a_shared_array_carries_the_sharding_that_was_asked_for():
     np.testing.assert_array_equal(y, x)
 
 
+def test_shards_that_stay_are_shared_when_that_is_allowed():
+    x = on("t4@0-3", np.arange(64, dtype=np.float32).reshape(4, 16), None, "tensor")
+    place = sharding("d2t4", None, "tensor")
+    with no_host():
+        copied, shared = reallocate(x, place), reallocate(x, place, alias=True)
+    assert not buffers(x) & buffers(copied)
+    assert buffers(x) < buffers(shared)
+    np.testing.assert_array_equal(shared, x)
+    # A cast is a copy, whatever is allowed.
+    cast = reallocate(x, place, dtype=jnp.bfloat16, alias=True)
+    assert not buffers(x) & buffers(cast)
+
+
 def test_a_repeated_reallocation_compiles_nothing(caplog):
     places = parameter_places("d2t2@2-5"), parameter_places("f2t4")
 
