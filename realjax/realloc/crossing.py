@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
@@ -22,7 +23,7 @@ from realjax.core.arrays import Array
 from realjax.realloc.layouts import Layout
 from realjax.realloc.parcel_plans import plan_chunks
 from realjax.realloc.parcels import Steps
-from realjax.realloc.processes import handle, home, processes_of
+from realjax.realloc.processes import handle, home, is_counted_by_all, processes_of
 from realjax.realloc.requests import Request
 
 
@@ -159,9 +160,12 @@ def _send(steps: Steps, held: Sequence[_Shards]) -> dict[tuple[int, int], Array]
         packed = call.function([held[leaf][call.device] for leaf in call.leaves])
         for number, parcel in zip(call.parcels, packed, strict=True):
             at[number, call.device] = parcel
+    # A socket reads what it sends when the other end asks for it, and may find that a
+    # train step has taken the shard as its own: it gets a copy that nobody takes.
+    lent = {number for number, _ in steps.shards} if is_counted_by_all() else set()
     for source, destination, numbers in steps.links:
         sent = [
-            at[number, source]
+            (jnp.copy(at[number, source]) if number in lent else at[number, source])
             if (number, source) in at
             else handle(
                 steps.parcels[number].shape, steps.parcels[number].dtype, home(source)

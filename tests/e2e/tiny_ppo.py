@@ -91,17 +91,19 @@ def parameters_of(config, seed):
 
 def placed(drawn, sharding):
     """Put what every process drew on the devices of them all."""
-    whole = np.asarray(drawn)
+    whole = np.array(drawn)  # Not a view, which would keep what was drawn alive.
     return jax.make_array_from_callback(
         whole.shape, sharding, lambda index: whole[index], dtype=whole.dtype
     )
 
 
-def make_executor(hp, allocations, *, rows=None, offload=(), model=MODEL):
+def make_executor(
+    hp, allocations, *, rows=None, offload=(), model=MODEL, num_devices=8
+):
     graph = ppo.graph(hp)
     plan = make_plan(
         graph,
-        num_devices=8,
+        num_devices=num_devices,
         allocations=allocations,
         rows=rows,
         microbatch_tokens=2 * WIDTH,

@@ -1,6 +1,7 @@
 """What the processes of `executor_test.py` and `trainer_test.py` do."""
 
 import contextlib
+import gc
 import os
 import pathlib
 import signal
@@ -8,6 +9,7 @@ import signal
 import jax
 import numpy as np
 
+from realjax.planner import Work, memory_account
 from realjax.runtime import cluster
 from realjax.runtime.checkpoint import CheckpointConfig
 from realjax.runtime.console import Console
@@ -15,6 +17,7 @@ from realjax.runtime.measures import to_numbers
 from realjax.runtime.run import prepare
 from realjax.runtime.run_config import EvaluationConfig
 from realjax.runtime.trainer import Trainer
+from realjax.testing import tiny_model
 from tests.e2e import tiny_ppo
 from tests.runtime import small_runs
 
@@ -31,7 +34,7 @@ PLAN = {
 }
 
 
-def tiny_steps(num_steps=2, offload=()):
+def tiny_steps(num_steps=2, offload=("reference", "policy")):
     """Steps of the tiny PPO; what this process saw of them."""
     executor = tiny_ppo.make_executor(tiny_ppo.hyperparameters(), PLAN, offload=offload)
     found = []
@@ -49,19 +52,87 @@ def tiny_steps(num_steps=2, offload=()):
             for index in place.allocation.devices
         )
     ]
-    events = [
-        [event.name, event.kind, event.start, event.end]
-        for event in executor.watch.timeline.events
-    ]
     executor.close()
+    del metrics, buffer
+    gc.collect()
+    live = {kind: live_by_device(kind) for kind in ("device", "pinned_host")}
     cluster.barrier("done")
     return {
         "steps": found,
         "num_runs": executor.calls.num_runs,
         "here": here,
-        "events": events,
-        "crossed_bytes": executor.traffic.as_dict("").get("crossed_bytes", 0),
+        "live": live,
+        "counted": counted_by_device(executor),
     }
+
+
+def live_by_device(kind):
+    """Bytes of all live arrays in one kind of memory, by index of the device."""
+    buffers = {}
+    for array in jax.live_arrays():
+        if array.sharding.memory_kind == kind:
+            for shard in array.addressable_shards:
+                address = shard.data.unsafe_buffer_pointer()
+                buffers[shard.device, address] = shard.data.nbytes
+    found = {}
+    for (device, _), size in buffers.items():
+        index = str(jax.devices().index(device))
+        found[index] = found.get(index, 0) + size
+    return found
+
+
+def counted_by_device(executor):
+    """The same after a step, as the memory account has it, for the devices here."""
+    account = memory_account(
+        executor.graph,
+        executor.plan,
+        executor.programs.roles,
+        Work(num_rows=tiny_ppo.SIZE, width=tiny_ppo.WIDTH, prompt_width=8),
+    )
+    resting = {
+        "device": account.resting_bytes,
+        "pinned_host": account.resting_host_bytes,
+    }
+    return {
+        kind: {
+            str(index): int(size)
+            for group, size in zip(account.groups, sizes, strict=True)
+            for index in group
+            if jax.devices()[index].process_index == jax.process_index()
+        }
+        for kind, sizes in resting.items()
+    }
+
+
+def traced_steps(folder, num_steps=3):
+    """PPO of a policy in process 0 and its reference, which is offloaded, in process 1.
+
+    Returns the events of this process; the clock is one for all of a host.
+    """
+    first, second = "d1@0", "d1@1"
+    plan = dict.fromkeys(("rollout", "value", "train_policy"), first) | dict.fromkeys(
+        ("reference", "reward", "advantages", "train_critic"), second
+    )
+    model = tiny_model(width=192, num_layers=8, mlp_width=768)
+    executor = tiny_ppo.make_executor(
+        tiny_ppo.hyperparameters(),
+        plan,
+        offload=("reference",),
+        model=model,
+        num_devices=2,
+    )
+    for step in range(1, num_steps + 1):
+        metrics, _ = executor.run(tiny_ppo.prompts_of(step), step=step)
+        executor.watch.wait()
+        cluster.merge(f"numbers/{step}", to_numbers(metrics))
+    timeline = executor.watch.timeline
+    timeline.write_trace(f"{folder}/timeline{jax.process_index()}.json")
+    executor.close()
+    cluster.barrier("done")
+    return [
+        [event.name, event.kind, event.step, event.start, event.end]
+        for event in timeline.events
+    ]
 
 
 def check_equal(found, wanted):
