@@ -281,7 +281,8 @@ def _groups(
 
 
 def _gib(size: int | np.integer) -> str:
-    return f"{size / GIB:.2f}"
+    gib = size / GIB
+    return f"{gib:.2f}" if gib >= 0.1 or not gib else f"{gib:.1g}"
 
 
 def _ranges(devices: Sequence[int]) -> str:

@@ -39,6 +39,7 @@ from realjax.parallel.sharding import (
     replicated,
     rows_sharding,
 )
+from realjax.realloc.offload import moved_in_program
 from realjax.runtime.programs import SEQUENCES_PER_ROW
 from realjax.runtime.run import make_graph
 from realjax.runtime.run_config import RunConfig
@@ -262,7 +263,14 @@ class _Described:
 
     def _train(self, name, node, program: ModelProgram, mesh: Mesh):
         config = self.config.roles[node.role].optimizer
-        train = TrainProgram(node.function, program, mesh, config, num_updates=1000)
+        train = TrainProgram(
+            node.function,
+            program,
+            mesh,
+            config,
+            num_updates=1000,
+            move=moved_in_program,
+        )
         state = _train_state(train, program)
         batch = self._inputs(node, mesh)
         packing = self._packing(name, program, unit=node.function.unit)

@@ -40,7 +40,7 @@ class _Kept:
     """
 
     device: dict[Part, PyTree] = dataclasses.field(default_factory=dict)
-    host: dict[Part, PyTree] = dataclasses.field(default_factory=dict)
+    host: dict[Part, offload.HostCopy] = dataclasses.field(default_factory=dict)
     version: int = 0
     step_version: int = 0
 
@@ -138,15 +138,13 @@ class ParameterStore:
     def saved_state(self, role: str) -> dict[Part, PyTree]:
         """What a checkpoint holds of a role, wherever it is now."""
         kept = self._kept[role]
-        return {
-            part: kept.device.get(part, kept.host.get(part))
-            for part in PARTS
-            if part in kept.device or part in kept.host
-        }
+        found: dict[Part, PyTree] = {p: copy.tree for p, copy in kept.host.items()}
+        return found | kept.device
 
     def restore(self, role: str, parts: Mapping[Part, PyTree]) -> None:
-        """Takes back what `saved_state` gave, where it lay then."""
-        self._change(role, dict(parts))
+        """Takes back what `saved_state` gave; `rest` brings it where it rests."""
+        bring = lambda t: offload.to_device(t) if offload.is_on_host(t) else t
+        self._change(role, {part: bring(tree) for part, tree in parts.items()})
 
     def rest(self) -> None:
         """Brings every role to where it is between steps."""
@@ -162,14 +160,14 @@ class ParameterStore:
         kept = self._kept[role]
         tree = kept.device.pop(part, None)
         if tree is not None and part not in kept.host:
-            kept.host[part] = offload.to_host(tree)
-        return kept.host.get(part)
+            kept.host[part] = offload.HostCopy(tree)
+        return kept.host[part].tree if part in kept.host else None
 
     def reload(self, role: str, part: Part = "parameters") -> PyTree:
         """Brings a part back to its home; the copy on the host stays."""
         kept = self._kept[role]
         if part not in kept.device:
-            kept.device[part] = offload.to_device(kept.host[part])
+            kept.device[part] = kept.host[part].reload()
         return kept.device[part]
 
     def follow(self, role: str, source: str, weight: float, traffic: Traffic) -> PyTree:
@@ -250,10 +248,8 @@ class ParameterStore:
         kept = self._kept[role]
         kept.version += 1
         for part, tree in parts.items():
-            is_on_host = jax.tree.leaves(tree) and offload.is_on_host(tree)
-            kept.device.pop(part, None)
             kept.host.pop(part, None)
-            (kept.host if is_on_host else kept.device)[part] = tree
+            kept.device[part] = tree
 
     def _check_version(self, role: str, place: Place, found: int, needed: int) -> None:
         if found != needed:

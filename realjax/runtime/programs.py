@@ -18,6 +18,7 @@ from realjax.functions.role import Role
 from realjax.functions.train import TrainProgram, minibatch_order
 from realjax.parallel.mesh import make_mesh
 from realjax.parallel.sharding import replicated, rows_sharding
+from realjax.realloc.offload import moved_in_program
 
 SEQUENCES_PER_ROW = 8
 """Sequences that a microbatch has room for, per packed row."""
@@ -80,7 +81,14 @@ class Programs:
             return InferProgram(spec, model, mesh)
         assert isinstance(spec, Train)
         config = role.config.optimizer
-        return TrainProgram(spec, model, mesh, config, self.optimizer_steps[name])
+        return TrainProgram(
+            spec,
+            model,
+            mesh,
+            config,
+            self.optimizer_steps[name],
+            move=moved_in_program,
+        )
 
     def train_program(self, role: str) -> TrainProgram:
         """The program that trains a role."""

@@ -98,7 +98,7 @@ def placed(drawn, sharding):
 
 
 def make_executor(
-    hp, allocations, *, rows=None, offload=(), model=MODEL, num_devices=8
+    hp, allocations, *, rows=None, offload=(), model=MODEL, num_devices=8, fits=None
 ):
     graph = ppo.graph(hp)
     plan = make_plan(
@@ -121,6 +121,7 @@ def make_executor(
         optimizer_steps=dict.fromkeys(graph.calls, 40),
         seed=0,
         width=WIDTH,
+        fits=fits,
     )
     store = executor.store
     for name, config in models.items():

@@ -110,16 +110,18 @@ def traced_steps(folder, num_steps=3):
     Returns the events of this process; the clock is one for all of a host.
     """
     first, second = "d1@0", "d1@1"
-    plan = dict.fromkeys(("rollout", "value", "train_policy"), first) | dict.fromkeys(
-        ("reference", "reward", "advantages", "train_critic"), second
+    plan = dict.fromkeys(("rollout", "train_policy"), first) | dict.fromkeys(
+        ("reference", "reward", "value", "advantages", "train_critic"), second
     )
-    model = tiny_model(width=192, num_layers=8, mlp_width=768)
+    # So large that the reload of 57 MB can be seen.
+    model = tiny_model(width=384, num_layers=6, mlp_width=1536)
     executor = tiny_ppo.make_executor(
         tiny_ppo.hyperparameters(),
         plan,
         offload=("reference",),
         model=model,
         num_devices=2,
+        fits=lambda _: True,
     )
     for step in range(1, num_steps + 1):
         metrics, _ = executor.run(tiny_ppo.prompts_of(step), step=step)
