@@ -15,7 +15,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from realjax import functions, rl
-from realjax.dataflow import DataflowGraph, call
+from realjax.dataflow import DataflowGraph, call, following
 from realjax.rl import Mean
 
 
@@ -141,12 +141,10 @@ def is_off_track(metrics, *, hp: PPO):
 
 def graph(hp: PPO) -> DataflowGraph:
     """The six model function calls of one PPO step, and the advantages."""
-    bind, infer = functools.partial, functions.Infer
+    bind, infer, by_text = functools.partial, functions.Infer, functions.Score
     temperature, group = hp.sampling.temperature, hp.completions_per_prompt
     generate = functions.Generate(sampling=hp.sampling, completions_per_prompt=group)
-    score = (
-        functions.Score(rewards=hp.rewards) if hp.rewards else infer(output="scores")
-    )
+    score = by_text(rewards=hp.rewards) if hp.rewards else infer(output="scores")
     scored = ("tokens", "kept") if functions.is_filtered(hp.sampling) else ("tokens",)
     rollout = ("completion_mask", "is_truncated", "old_logprobs")
     estimate = functions.Transform(
@@ -175,8 +173,6 @@ def graph(hp: PPO) -> DataflowGraph:
         reads=("tokens", "completion_mask", "values", "value_targets"),
     )
     reference = infer(reads=scored, temperature=temperature)
-    follow = functions.Follow(source="policy", weight=hp.reference_ema or 1.0)
-    followers = {"follow": call("reference", follow)} if hp.reference_ema else {}
     return DataflowGraph(
         rollout=call("policy", generate),
         reward=call(None if hp.rewards else "reward", score),
@@ -185,5 +181,5 @@ def graph(hp: PPO) -> DataflowGraph:
         advantages=call(None, estimate),
         train_policy=call("policy", train_policy),
         train_critic=call("critic", train_critic),
-        **followers,
+        **following("reference", source="policy", weight=hp.reference_ema),
     )

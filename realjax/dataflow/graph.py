@@ -72,6 +72,22 @@ def call(role: str | None, function: Function, **renames: str) -> ModelFunctionC
     return ModelFunctionCall(role, function, renames)
 
 
+def following(
+    role: str, *, source: str, weight: float, name: str = "follow"
+) -> dict[str, ModelFunctionCall]:
+    """The call that lets a role follow another one; none for a weight of 0.
+
+    Args:
+        role: that follows.
+        source: that it follows, after its training.
+        weight: of the source; see `Follow`.
+        name: of the call.
+    """
+    if not weight:
+        return {}
+    return {name: call(role, Follow(source=source, weight=weight))}
+
+
 class DataflowGraph:
     """Named calls in any order; a call follows those that write what it reads.
 

@@ -114,7 +114,6 @@ class Trainer:
             claim_workdir(
                 self.workdir,
                 run.fingerprint(),
-                is_writer=self.is_first,
                 has_begun=lambda: any(checkpoints.glob("[0-9]*")),
             )
         )
@@ -389,7 +388,8 @@ class Trainer:
     def _tell_exports(self) -> None:
         """Where the exports are; writes those that are not there."""
         folders = {r: self._export_folder(r) for r in self.run.graph.changed_roles}
-        if not all(folder.exists() for folder in folders.values()):
+        are_there = lambda: all(folder.exists() for folder in folders.values())
+        if not Agreement("exports that are there").decide(are_there):
             self._export()
         for role, folder in folders.items():
             self.console.print(f"exported {role} to {folder}")

@@ -50,7 +50,6 @@ def claim_workdir(
     workdir: str | os.PathLike[str],
     fingerprint: Mapping[str, Any],
     *,
-    is_writer: bool = True,
     has_begun: Callable[[], bool] = lambda: True,
 ) -> Claim:
     """Makes a folder the folder of one run, and of one live process or run of several.
@@ -62,7 +61,6 @@ def claim_workdir(
     Args:
         workdir: made if needed.
         fingerprint: what two runs that share a folder must share, as JSON can hold it.
-        is_writer: False for a process that only follows another, which has the claim.
         has_begun: whether the run that claimed the folder earlier left what another
             must not be mixed with; asked once the folder is locked. One that failed
             before that may be mended and begun anew.
@@ -75,8 +73,6 @@ def claim_workdir(
     """
     if jax.process_count() > 1:
         return _claim_together(workdir, fingerprint, has_begun)
-    if not is_writer:
-        return Claim(_folder(workdir), None)
     return _claim(workdir, fingerprint, has_begun)
 
 

@@ -96,12 +96,6 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     claim_workdir(tmp_path, {"seed": 0}).close()
 
 
-def test_followers_neither_lock_nor_write(tmp_path):
-    workdir = tmp_path / "run"
-    with claim_workdir(workdir, FINGERPRINT):
-        claim_workdir(workdir, {"anything": 1}, is_writer=False).close()
-
-
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(NotADirectoryError, match="run is a file"):
