@@ -10,11 +10,12 @@ from realjax.algorithms import ppo, sft
 from realjax.dataflow import DataflowGraph, call
 from realjax.dataflow.plan import make_plan
 from realjax.dataflow.schedule import Move, Reload
-from realjax.functions import Infer, Train
+from realjax.functions import Generate, Infer, Train
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import Role, RoleConfig
 from realjax.functions.train import TrainProgram
 from realjax.models import cache, transformer
+from realjax.models.config import ModelConfig
 from realjax.parallel.mesh import make_mesh
 from realjax.parallel.sharding import padded_for, parameter_shardings
 from realjax.planner import Work, memory_account, memory_sizes
@@ -110,6 +111,68 @@ def test_a_rollout_works_with_its_cache_above_all():
     assert held <= sizes.working["rollout"] <= 1.1 * held
 
 
+LLAMA_8B = ModelConfig(
+    vocab_size=128256,
+    width=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    mlp_width=14336,
+)
+
+
+def role_8b(allocation, **config):
+    model = padded_for(LLAMA_8B, [allocation])
+    return Role(
+        name="policy",
+        config=RoleConfig(**config),
+        model=model,
+        eos_ids=(1,),
+        dtype="bfloat16",
+        is_trained=True,
+    )
+
+
+# GiB of temporaries that XLA takes on H200s, compiled ahead of time: the gradient of
+# one microbatch of 4096 tokens a row, beside the sums.
+@pytest.mark.parametrize(
+    "strategy, remat, rows, compiled",
+    (
+        ("f8", "block", 32, 11.2),
+        ("f8", "none", 32, 81.0),
+        ("f8", "dots", 32, 50.1),
+        ("f8", "offload", 32, 7.2),
+        ("t8", "block", 4, 8.8),
+    ),
+)
+def test_training_an_8b_model_is_estimated_as_xla_finds_it(
+    strategy, remat, rows, compiled
+):
+    graph = sft.graph(sft.SFT())
+    plan = make_plan(
+        graph, num_devices=8, allocation=strategy, microbatch_tokens=rows * 4096
+    )
+    allocation = plan.calls["train_policy"].allocation
+    role = role_8b(allocation, remat=remat)
+    sizes = memory_sizes(graph, plan, {"policy": role}, Work(num_rows=rows, width=4096))
+    sums = 4 * role.model.num_parameters / 8
+    found = (sizes.working["train_policy"] - sums) / 2**30
+    assert found == pytest.approx(compiled, rel=0.25)
+
+
+def test_generating_with_an_8b_model_is_estimated_as_xla_finds_it():
+    # 256 prompts of 1024 tokens and as many new ones on one device: 83.3 GiB.
+    graph = DataflowGraph(
+        rollout=call("policy", Generate(sampling=Sampling(max_new_tokens=1024)))
+    )
+    plan = make_plan(graph, num_devices=1)
+    role = role_8b(plan.calls["rollout"].allocation)
+    work = Work(num_rows=256, width=2048, prompt_width=1024)
+    sizes = memory_sizes(graph, plan, {"policy": role}, work)
+    assert sizes.working["rollout"] / 2**30 == pytest.approx(83.3, rel=0.1)
+
+
 def dpo_shaped():
     """A reference that infers, and a policy that trains on what it says."""
     return DataflowGraph(
@@ -140,11 +203,11 @@ def test_an_offloaded_reference_costs_dpo_no_memory_over_sft(offloaded):
 
 
 def test_a_limit_decides_how_early_copies_are_issued():
-    graph = ppo.graph(ppo.PPO(sampling=Sampling(max_new_tokens=16)))
+    graph = ppo.graph(ppo.PPO(sampling=Sampling(max_new_tokens=256)))
     plan = make_plan(graph, num_devices=8, offloaded=("reference", "reward"))
     roles = roles_of(graph, plan)
     # So many completions that the rollout takes more than the training.
-    work = Work(num_rows=1024, width=32, prompt_width=8)
+    work = Work(num_rows=256, width=264, prompt_width=8)
 
     def reloads_before_rollout(limit):
         steps = [
