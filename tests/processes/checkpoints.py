@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -239,8 +240,11 @@ def pending_call():
     call = threading.Thread(target=lambda: total(rows).block_until_ready())
     if jax.process_index() == 0:
         call.start()
+    begin = time.monotonic()
     yield
-    assert jax.process_index() > 0 or call.is_alive()
+    # Gloo gives the others 30 seconds to come; a slow machine may take longer.
+    is_late = time.monotonic() - begin > 25
+    assert jax.process_index() > 0 or call.is_alive() or is_late
     if jax.process_index() > 0:
         call.start()
     call.join()
