@@ -149,21 +149,21 @@ class Move:
         kept = [[view.of(arrays[view.leaf]) for view in j.shards] for j in self.joins]
         weights = [eta(join.mesh) if eta else None for join in self.joins]
         made: list[list[Array]] = [[] for _ in self.joins]
+        at: list[Any] = [None] * len(self.cuts)
+        counts: list[Any] = [None] * len(self.joins)
+        if gates is not None:
+            at = [gates.zero(cut.mesh) for cut in self.cuts]
+            counts = [gates.zero(join.mesh) for join in self.joins]
         for number, join in enumerate(self.joins):
             if targets is not None:
                 made[number] = [view.of(targets[view.leaf]) for view in join.targets]
             if join.begin is not None:
-                made[number] = join.begin(made[number])
-        at: list[Any] = [None] * len(self.cuts)
-        counts: list[Any] = [None] * len(self.joins)
-        if gates is not None:
-            at = [_zero(cut.mesh) for cut in self.cuts]
-            counts = [_zero(join.mesh) for join in self.joins]
+                made[number], _ = join.begin(made[number], counts[number])
         for step in range(self.steps):
             tokens: dict[int, Array] = {}
             parcels = self._send(arrays, sources, at, gates)
             for number, join in enumerate(self.joins):
-                made[number], counts[number] = join.function(
+                made[number], counts[number], _ = join.function(
                     made[number],
                     kept[number] + [view.of(parcels) for view in join.received],
                     counts[number],
@@ -201,7 +201,7 @@ class Move:
         buffers: list[Array] = []
         for number, cut in enumerate(self.cuts):
             gate = gates.of(cut.mesh) if gates is not None else None
-            packed, at[number] = cut.function(sources[number], at[number], gate)
+            packed, at[number], _ = cut.function(sources[number], at[number], gate)
             for buffer in packed:
                 buffers += [shard_of(buffer, place) for place in range(cut.mesh.size)]
         parcels = [
@@ -217,23 +217,31 @@ class Gates:
     Devices run whatever has its inputs, and memory is taken when a program or a copy is
     issued. So a cut takes a token as well, which the join before it gave out. On a CPU
     memory that is not touched costs nothing, and Python may issue all steps ahead; on
-    other devices it waits for the step before the last one.
+    other devices it waits for the last one.
     """
 
     def __init__(self):
         """Nothing was joined yet."""
         self._last: dict[int, Array] = {}
-        self._before: dict[int, Array] = {}
+        self._zeros: dict[Mesh, Array] = {}
+
+    def zero(self, mesh: Mesh) -> Array:
+        """Return step 0 on the devices of a program; nothing is uploaded."""
+        # Once for all moves: a device has room for 32 programs that wait, and Python
+        # is held up by the next one.
+        if mesh not in self._zeros:
+            self._zeros[mesh] = _zero_function(mesh)()
+        return self._zeros[mesh]
 
     def close(self, tokens: dict[int, Array]) -> None:
         """Take over what the joins of a step gave out, by device."""
-        self._last, self._before = tokens or self._last, self._last
+        self._last = tokens or self._last
 
     def of(self, mesh: Mesh) -> Array | None:
         """Return what a cut waits for: its own device's join, or else another one's."""
         devices = list(mesh.devices.flat)
         if devices[0].platform != "cpu":
-            jax.block_until_ready(self._before)
+            jax.block_until_ready(self._last)
         if not self._last:
             return None
         others = list(self._last.values())
@@ -251,11 +259,6 @@ class Gates:
 def _zero_function(mesh: Mesh) -> Any:
     sharding = programs.over(mesh, 1)
     return jax.jit(lambda: jnp.zeros(mesh.size, jnp.int32), out_shardings=sharding)
-
-
-def _zero(mesh: Mesh) -> Array:
-    """Return step 0 on the devices of a program; nothing is uploaded."""
-    return _zero_function(mesh)()
 
 
 def shard_of(array: Array, place: int) -> Array:

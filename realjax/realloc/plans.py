@@ -28,7 +28,7 @@ from realjax.realloc.traffic import Traffic
 MIN_CHUNK_BYTES = 8 << 20
 """Less is on its way at once only if asked for: every chunk costs time in Python."""
 
-CHUNKS = 8
+CHUNKS = 6
 """A tree moves in about so many chunks."""
 
 Weight = Callable[[Mesh], Array]
@@ -150,7 +150,7 @@ def make_plan(
         requests: What to do with each.
         is_shared: Where nothing changes, buffers are shared instead of copied.
         is_donated: What arrays are averaged with is written in place.
-        chunk_bytes: How much may be on its way at once; None takes an eighth of the
+        chunk_bytes: How much may be on its way at once; None takes a sixth of the
             tree.
 
     Raises:
@@ -174,6 +174,8 @@ def make_plan(
                 same.append(number)
             else:
                 renaming.append((number, request.destination))
+        elif kind == "none" and request.destination.is_fully_addressable:
+            sliced.append(number)  # All blocks are there already.
         elif kind in ("none", "jit") and request.destination.addressable_devices:
             # A jitted identity works on one list of devices.
             devices = Layout.of(request.destination).devices

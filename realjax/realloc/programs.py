@@ -89,11 +89,12 @@ def cut_program(
     ndims: tuple[int, ...],
     outputs: tuple[Output, ...],
     table: Table,
-) -> Callable[..., tuple[list[Array], Array | None]]:
+) -> Callable[..., tuple[list[Array], Array | None, Array]]:
     """Return what packs blocks of shards into buffers, and casts them.
 
     It takes the shards, the step (None for an only one) and a gate, which it waits for
-    and does not read, and returns the buffers and the next step.
+    and does not read, and returns the buffers, the next step and a number that means
+    nothing.
 
     Args:
         mesh: Of the devices, along `AXIS`.
@@ -104,7 +105,7 @@ def cut_program(
 
     def cut(
         shards: list[Array], step: Array | None, gate: Array | None
-    ) -> tuple[list[Array], Array | None]:
+    ) -> tuple[list[Array], Array | None, Array]:
         places = _places(table)
         made = []
         for output in outputs:
@@ -117,7 +118,7 @@ def cut_program(
                 for part in output.parts
             ]
             made.append(pack(shards, blocks, dtype=output.dtype))
-        return made, None if step is None else step + 1
+        return made, None if step is None else step + 1, _arithmetic(shards)
 
     specs = [_spec(ndim) for ndim in ndims]
     results = [
@@ -128,7 +129,7 @@ def cut_program(
             cut,
             mesh=mesh,
             in_specs=(specs, _spec(1), _spec(1)),
-            out_specs=(results, _spec(1)),
+            out_specs=(results, _spec(1), _spec(1)),
             check_vma=False,
         ),
         keep_unused=True,
@@ -144,11 +145,12 @@ def join_program(
     *,
     is_written: bool,
     is_donated: bool,
-) -> Callable[..., tuple[list[Array], Array | None]]:
+) -> Callable[..., tuple[list[Array], Array | None, Array]]:
     """Return what puts blocks of shards and of received buffers in their places.
 
     It takes the arrays to write into, the shards and buffers, the step (None for an
-    only one) and the weight (None copies), and returns the arrays and the next step.
+    only one) and the weight (None copies), and returns the arrays, the next step and a
+    number of no meaning.
 
     Args:
         mesh: Of the devices, along `AXIS`.
@@ -164,7 +166,7 @@ def join_program(
         inputs: list[Array],
         step: Array | None,
         eta: Array | None,
-    ) -> tuple[list[Array], Array | None]:
+    ) -> tuple[list[Array], Array | None, Array]:
         places = _places(table)
         made = []
         for number, output in enumerate(outputs):
@@ -191,7 +193,8 @@ def join_program(
                     eta=eta,
                 )
             )
-        return made, None if step is None else step + 1
+        next_step = None if step is None else step + 1
+        return made, next_step, _arithmetic(inputs or into)
 
     whole = [_spec(len(output.shape)) for output in outputs]
     specs = [_spec(ndim) for ndim in ndims]
@@ -205,7 +208,7 @@ def join_program(
                 _spec(1),
                 PartitionSpec(),
             ),
-            out_specs=(whole, _spec(1)),
+            out_specs=(whole, _spec(1), _spec(1)),
             check_vma=False,
         ),
         donate_argnums=0 if is_donated else (),
@@ -215,10 +218,11 @@ def join_program(
 @functools.lru_cache(maxsize=4096)
 def begin_program(
     mesh: Mesh, shapes: tuple[tuple[tuple[int, ...], np.dtype], ...], *, is_copy: bool
-) -> Callable[[list[Array]], list[Array]]:
+) -> Callable[..., tuple[list[Array], Array]]:
     """Return what makes the arrays that a stepped join writes into.
 
-    It takes the arrays to copy, or none.
+    It takes the arrays to copy, or none, and step 0, and returns the new arrays and a
+    number that means nothing.
 
     Args:
         mesh: Of the devices, along `AXIS`.
@@ -226,18 +230,19 @@ def begin_program(
         is_copy: There are arrays to copy.
     """
 
-    def begin(copied: list[Array]) -> list[Array]:
-        if is_copy:
-            return [jnp.copy(array) for array in copied]
-        return [jax.lax.empty(shape, dtype) for shape, dtype in shapes]
+    def begin(copied: list[Array], step: Array) -> tuple[list[Array], Array]:
+        made = [jnp.copy(array) for array in copied]
+        if not is_copy:
+            made = [jax.lax.empty(shape, dtype) for shape, dtype in shapes]
+        return made, _arithmetic([step])
 
     specs = [_spec(len(shape)) for shape, _ in shapes]
     return jax.jit(
         jax.shard_map(
             begin,
             mesh=mesh,
-            in_specs=(specs if is_copy else [],),
-            out_specs=specs,
+            in_specs=(specs if is_copy else [], _spec(1)),
+            out_specs=(specs, _spec(1)),
             check_vma=False,
         )
     )
@@ -245,6 +250,21 @@ def begin_program(
 
 def _spec(ndim: int) -> PartitionSpec:
     return PartitionSpec(AXIS) if ndim else PartitionSpec()
+
+
+def _arithmetic(arrays: Sequence[Array]) -> Array:
+    """Return a number that takes some thousand multiplications.
+
+    A CPU runs a program with less arithmetic on the thread that calls it, and Python
+    would wait for copies of any size.
+    """
+    seed = jnp.zeros(1)
+    if arrays and arrays[0].size:
+        array = arrays[0]
+        corner = jax.lax.slice(array, (0,) * array.ndim, (1,) * array.ndim)
+        seed = corner.reshape(1).astype(jnp.float32)
+    square = jnp.arange(1024, dtype=jnp.float32).reshape(32, 32) + seed[:, None]
+    return (square @ square).max().reshape(1)
 
 
 def _places(table: Table) -> Any:

@@ -53,7 +53,7 @@ def reallocate(
         alias: Where nothing changes, share buffers with the source instead of copying:
             all of an array, or those of devices that keep what they have.
         chunk_bytes: The memory that pieces may take beside sources and results; None
-            takes an eighth of the tree, 8 MiB at least. Arrays move in groups of so
+            takes a sixth of the tree, 8 MiB at least. Arrays move in groups of so
             many bytes, and larger ones in slabs.
         verify: Compare sums of what was sent and what came, and wait for the outcome.
 
