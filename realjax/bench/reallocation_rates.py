@@ -10,13 +10,16 @@ what the rival is compared with, and copying.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import gc
+import json
 import math
+import os
 import pathlib
 import resource
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -52,12 +55,10 @@ def measure(options: Options) -> dict[str, Any]:
         "host_seconds": _host_seconds(options),
         "equal_layouts_seconds": _equal_layouts(options),
     }
-    # From here on memory is slow: what is freed is given back at once.
-    give_memory_back()
     for pair, result in zip(options.pairs, pairs, strict=True):
-        tree = filled(model, shardings(model, pair.source), options.dtype)
-        result["memory"] = peak_memory(tree, shardings(model, pair.destination))
-        print(f"{pair!s:24} {_memory_line(result['memory'])}", flush=True)
+        result["memory"] = memory_of(pair, model, options.dtype)
+        beside = result["memory"]["share_beside_result"]
+        print(f"{pair!s:24} beside the result {beside:.2f} of the tree", flush=True)
     return found
 
 
@@ -173,10 +174,6 @@ def _line(found: dict[str, Any]) -> str:
     )
 
 
-def _memory_line(found: dict[str, Any]) -> str:
-    return f"beside result {found['share_beside_result']:.2f} of the tree"
-
-
 def _host_seconds(options: Options) -> dict[str, Any]:
     """Until a cached reallocation of a tiny model returns, by number of layers."""
     found: dict[str, Any] = {}
@@ -207,8 +204,35 @@ def _small_tree(pair: Pair, layers: int, dtype: str) -> tuple[PyTree, PyTree]:
     return tree, shardings(model, pair.destination)
 
 
-def peak_memory(tree: PyTree, places: PyTree) -> dict[str, Any]:
-    """Resident memory during one move, beyond sources and results."""
+def memory_of(pair: Pair, model: ModelConfig, dtype: str) -> dict[str, Any]:
+    """Resident memory during one move, in a process of its own.
+
+    There, what is freed is given back to the system at once, so that what is resident
+    is what is in use.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "realjax.bench.reallocation_rates"],
+        input=json.dumps([str(pair), dtype, dataclasses.asdict(model)]),
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Measure the memory of one move, which standard input tells."""
+    text, dtype, model = json.loads(sys.stdin.read())
+    pair = Pair.parse(text)
+    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", pair.num_devices)
+    config = ModelConfig(**model)
+    tree = filled(config, shardings(config, pair.source), dtype)
+    print(json.dumps(_peak_memory(tree, shardings(config, pair.destination))))
+
+
+def _peak_memory(tree: PyTree, places: PyTree) -> dict[str, Any]:
     jax.block_until_ready(reallocate(tree, places))  # Compiled, and gone.
     gc.collect()
     with _resident() as sampled:
@@ -219,15 +243,6 @@ def peak_memory(tree: PyTree, places: PyTree) -> dict[str, Any]:
         "peak_bytes_beside_result": beside,
         "share_beside_result": round(beside / _tree_bytes(tree), 3),
     }
-
-
-def give_memory_back() -> None:
-    """Have freed buffers returned to the system, so that what is resident is used."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libc.so.6")
-        library.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
-        library.malloc_trim(0)
 
 
 @contextlib.contextmanager
@@ -345,3 +360,7 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
         "min": round(min(seconds), 6),
         "max": round(max(seconds), 6),
     }
+
+
+if __name__ == "__main__":
+    main()

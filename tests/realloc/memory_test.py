@@ -1,10 +1,7 @@
 """Memory of a move: results, and a quarter of the tree at most beside them."""
 
+import dataclasses
 import gc
-import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from realjax.bench.layout_pairs import GIGABYTE, Pair, fitted
+from realjax.bench.reallocation_rates import memory_of
 from realjax.parallel import Allocation, make_mesh
 from realjax.realloc import live_bytes, mix, reallocate
 
@@ -131,37 +130,10 @@ def test_a_jitted_identity_takes_two_arrays_beside_its_result(source, destinatio
     assert result < temporary <= 2 * result
 
 
-RESIDENT = """
-import json, sys
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
-from realjax.bench import reallocation_rates as rates
-from realjax.bench.layout_pairs import GIGABYTE, Pair, fitted
-import dataclasses
-pair = Pair.parse(sys.argv[1])
-model = fitted(dataclasses.replace(GIGABYTE, num_layers=2, vocab_size=8192), [pair])
-tree = rates.filled(model, rates.shardings(model, pair.source), "float32")
-places = rates.shardings(model, pair.destination)
-print(json.dumps(rates.peak_memory(tree, places)))
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", ["f4@0-3:t2@4-5", "d2f2t2:t8", "t4@0-3:t2@4-5"])
-def test_resident_memory_peaks_a_quarter_of_the_tree_above_the_result(pair):
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-        # What is freed is given back at once, so that what is resident is in use.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", RESIDENT, pair],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert 0 < found["share_beside_result"] <= 0.25
+@pytest.mark.parametrize("text", ["f4@0-3:t2@4-5", "d2f2t2:t8", "t4@0-3:t2@4-5"])
+def test_resident_memory_peaks_a_quarter_of_the_tree_above_the_result(text):
+    pair = Pair.parse(text)
+    small = dataclasses.replace(GIGABYTE, num_layers=2, vocab_size=8192)
+    found = memory_of(pair, fitted(small, [pair]), "float32")
+    assert found["share_beside_result"] <= 0.25
