@@ -249,6 +249,10 @@ class _Walk:
             self._call(index, name)
         for role in graph.roles:
             self._offload(role, keep=self.at_rest)
+            # One that a call before its last one offloads may still be on the host.
+            for part in sorted(parts_of(graph, role, streamed)):
+                if (role, part) in self.at_rest:
+                    self._reload(role, part)
 
     def _call(self, index: int, name: str) -> None:
         node = self.graph.calls[name]

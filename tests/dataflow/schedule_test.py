@@ -211,15 +211,55 @@ def test_versions_count_the_changes_before_a_call():
 def test_every_pass_ends_where_it_began():
     plan = plan_of(offloaded=("critic", "reference"), value="f8")
     for is_training in (True, False):
-        here = {"policy", "reward"}
-        for step in make_schedule(
-            GRAPH, plan, FLOAT, is_training=is_training, without=("train_policy",)
-        ):
-            if isinstance(step, Reload):
-                here.add(step.role)
-            elif isinstance(step, Offload):
-                here.discard(step.role)
+        here = after(
+            {"policy", "reward"},
+            make_schedule(
+                GRAPH, plan, FLOAT, is_training=is_training, without=("train_policy",)
+            ),
+        )
         assert here == {"policy", "reward"}
+
+
+def after(roles, steps, part="parameters"):
+    """Which roles have a part on their devices after a pass."""
+    here = set(roles)
+    for step in steps:
+        if isinstance(step, Reload) and step.part == part:
+            here.add(step.role)
+        elif isinstance(step, Offload) and step.part == part:
+            here.remove(step.role)
+    return here
+
+
+@pytest.mark.parametrize("part", ("parameters", "optimizer"))
+def test_an_evaluation_brings_back_what_only_an_earlier_call_offloads(part):
+    # The rollout sends the masters away; their training, which would bring them back
+    # and keep them, is no part of an evaluation.
+    plan = plan_of(rollout="d8+offload")
+    for trains in (True, False):
+        steps = make_schedule(
+            GRAPH,
+            plan,
+            FLOAT,
+            is_training=trains,
+            without=() if trains else ("train_policy", "train_critic"),
+        )
+        assert any(isinstance(step, Offload) for step in steps)
+        assert after(GRAPH.roles, steps, part) == set(GRAPH.roles)
+
+
+def test_a_role_whose_last_call_finds_its_copy_still_comes_back_home():
+    infer = Infer(output="scores")
+    graph = DataflowGraph(
+        home=call("reward", infer, scores="a"),
+        copy=call("reward", infer, scores="b"),
+        leave=call("reward", infer, scores="c"),
+        again=call("reward", infer, scores="d"),
+    )
+    places = {"copy": "d4", "leave": "d8+offload", "again": "d4"}
+    plan = make_plan(graph, num_devices=8, allocations=places)
+    steps = make_schedule(graph, plan, {"reward": "float32"})
+    assert after({"reward"}, steps) == {"reward"}
 
 
 def test_a_copy_that_two_calls_share_is_moved_once_and_dropped_after_the_second():
