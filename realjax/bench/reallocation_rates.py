@@ -84,7 +84,7 @@ def _measure_pair(pair: Pair, model: ModelConfig, options: Options) -> dict[str,
     shared: dict[str, int] = {}
     for name, mover in movers.items():
         moved = mover(_fresh(tree))
-        _check_equal(name, moved, expected)
+        check_equal(name, moved, expected)
         shared[name] = _shared_bytes(moved, tree)
         del moved
     if not shared.get("device_put"):
@@ -310,7 +310,12 @@ def _same_devices(pair: Pair) -> bool:
     return pair.source.devices == pair.destination.devices
 
 
-def _check_equal(name: str, moved: PyTree, expected: PyTree) -> None:
+def check_equal(name: str, moved: PyTree, expected: PyTree) -> None:
+    """Check that what one way made is what ours made, and as many bytes.
+
+    Raises:
+        RuntimeError: it is not.
+    """
     equal = jax.jit(lambda a, b: jax.tree.map(lambda x, y: (x == y).all(), a, b))
     wrong = [
         jax.tree_util.keystr(path)
