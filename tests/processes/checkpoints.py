@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from realjax.runtime import manifest, shards
+from realjax.runtime import cluster, manifest, shards
 from realjax.runtime.checkpoint import (
     Checkpointer,
     FailedSaveError,
@@ -139,7 +139,7 @@ def live(folder, saved_alone):
             checkpointer.restore_latest({})
         for step in (1, 2, 3):
             trees = make(step, "wide")
-            with pending_call(), no_collectives():
+            with pending_call(step), no_collectives():
                 checkpointer.save(step, trees, {"position": 10 * step + me})
                 checkpointer.wait()
             assert checkpointer.steps()[-1] == step
@@ -231,7 +231,7 @@ def check_claims(workdir):
 
 
 @contextlib.contextmanager
-def pending_call():
+def pending_call(step):
     """Has all devices of process 0 in a call that others come to only at the end."""
     where = NamedSharding(Mesh(jax.devices(), "d"), P("d"))
     rows = jax.make_array_from_callback((8,), where, lambda index: np.ones(8)[index])
@@ -245,6 +245,7 @@ def pending_call():
     # Gloo gives the others 30 seconds to come; a slow machine may take longer.
     is_late = time.monotonic() - begin > 25
     assert jax.process_index() > 0 or call.is_alive() or is_late
+    cluster.barrier(f"the call of {step} was pending")
     if jax.process_index() > 0:
         call.start()
     call.join()

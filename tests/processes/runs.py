@@ -158,7 +158,7 @@ def small_run(folder, workdir, allocation, stop_after=0):
         folder,
         allocation=allocation,
         steps=4,
-        evaluation=EvaluationConfig(),
+        evaluation=EvaluationConfig(at_start=False),
         checkpoint=CheckpointConfig(keep=2),
     )
     run = prepare(config)
