@@ -4,11 +4,15 @@ A thread waits for the outputs of every call in the order they were issued. A ca
 began when it was issued, or when the last call before it that shares a device ended,
 whichever was later. Offloads and reloads are not calls: they go beside them, and begin
 when they are issued; another thread waits for those.
+
+Observing keeps no memory: what has been dropped or given away is not waited for. Of
+each output only the smallest array is held, so that there is something to time.
 """
 
 import concurrent.futures
 import contextlib
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,11 +26,29 @@ class Outputs:
 
     def __init__(self):
         """Nothing yet."""
-        self.arrays: list[Any] = []
+        self._held: list[Any] = []
+        self._seen: list[weakref.ref] = []
 
     def watch(self, tree: Any) -> None:
-        """Adds arrays; such that no later call takes by donation before they exist."""
-        self.arrays.append(tree)
+        """Adds arrays; a copy may be released or trained while the watch is behind."""
+        leaves = jax.tree.leaves(tree)
+        self._seen += [weakref.ref(leaf) for leaf in leaves]
+        if leaves:
+            self._held.append(min(leaves, key=lambda leaf: leaf.nbytes))
+
+    def wait(self) -> None:
+        """Waits for those that are still there; then nothing is held any more."""
+        for seen in self._seen:
+            leaf = seen()
+            if leaf is None or leaf.is_deleted():
+                continue
+            try:
+                leaf.block_until_ready()
+            except RuntimeError:
+                # A train step may have taken the array just now.
+                if not leaf.is_deleted():
+                    raise
+        self._held.clear()
 
 
 class Watch:
@@ -67,8 +89,7 @@ class Watch:
         )
 
     def _observe(self, name, devices, begin, issued, outputs, step, kind) -> None:
-        jax.block_until_ready(outputs.arrays)
-        outputs.arrays.clear()
+        outputs.wait()
         end = time.perf_counter() if devices else issued
         start = begin
         if kind != "offload":
