@@ -7,15 +7,22 @@ import jax
 from realjax.dataflow.account import GIB, Account
 from realjax.dataflow.schedule import Step
 from realjax.planner.memory import Work, account_counter, memory_account
+from realjax.runtime.agreement import Agreement
 from realjax.runtime.run import Run
 
 
 def device_bytes(run: Run) -> int:
-    """Memory of a device: what the config says, or the device; 0 if neither knows."""
+    """Memory of a device: what the config says, or the device; 0 if neither knows.
+
+    Of several processes, the least that one of them has: a schedule depends on it, and
+    all must follow the same one.
+    """
     if run.config.memory_gib:
         return int(run.config.memory_gib * GIB)
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return int(stats.get("bytes_limit", 0))
+    own = [device.memory_stats() or {} for device in jax.local_devices()]
+    limits = [int(stats.get("bytes_limit", 0)) for stats in own]
+    found = Agreement("memory of a device").gather(lambda: min(limits))
+    return min(found)
 
 
 def run_account(run: Run) -> Account:
