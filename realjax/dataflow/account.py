@@ -174,6 +174,7 @@ def account(
         limit_bytes: of a device; 0 where it is not known.
     """
     ledger = _Ledger(graph, plan, homes, sizes)
+    ledger.begin_later(steps)
     moments = tuple(ledger.take(step) for step in steps)
     ledger.end_step()
     return Account(
@@ -200,6 +201,20 @@ class _Ledger:
                 self._keep(where, role, part)
             if role in sizes.streamed:
                 self._keep(self.host, role, "optimizer")
+
+    def begin_later(self, steps: Sequence[Step]) -> None:
+        """Begin as every step but the first: with host copies that the last one left.
+
+        Those of a role that no call changes serve again.
+        """
+        for step in steps:
+            match step:
+                case Offload(role, part):
+                    self._keep(self.host, role, part)
+                case Run(name):
+                    self._drop_host_copies(name)
+        for role, part in resting_on_host(self.graph, self.plan, self.sizes.streamed):
+            self._keep(self.host, role, part)
 
     def take(self, step: Step) -> Moment:
         """Do one step; the moment is while it runs."""
@@ -236,11 +251,8 @@ class _Ledger:
             device_bytes=self.total(self.device) + self.total(passing),
             host_bytes=self.total(self.host),
         )
-        if isinstance(step, Run) and self._changes(step.call):
-            # The host copy of what was just changed is of no use any more.
-            role = self.graph.calls[step.call].role
-            for part in parts_of(self.graph, role, self.sizes.streamed):
-                self.host.pop((role, part), None)
+        if isinstance(step, Run):
+            self._drop_host_copies(step.call)
         return moment
 
     def end_step(self) -> None:
@@ -253,8 +265,12 @@ class _Ledger:
         zeros = np.zeros(len(self.groups), np.int64)
         return sum((array for _, array in where.values()), zeros)
 
-    def _changes(self, name: str) -> bool:
-        return self.graph.calls[name].changes_role
+    def _drop_host_copies(self, name: str) -> None:
+        """A copy of what a call has changed is of no use any more."""
+        role = self.graph.calls[name].role
+        if self.graph.calls[name].changes_role:
+            for part in parts_of(self.graph, role, self.sizes.streamed):
+                self.host.pop((role, part), None)
 
     def _keep(self, where: dict, role: str, part: Part) -> None:
         size = self.sizes.parts[role, part]
@@ -286,6 +302,9 @@ def _gib(size: int | np.integer) -> str:
 
 
 def _ranges(devices: Sequence[int]) -> str:
-    if len(devices) == 1:
-        return f"device {devices[0]}"
-    return f"device {devices[0]}–{devices[-1]}"
+    first, last = devices[0], devices[-1]
+    if first == last:
+        return f"device {first}"
+    if len(devices) == last - first + 1:
+        return f"device {first}–{last}"
+    return f"device {first}, {devices[1]}" + (f" … {last}" * (len(devices) > 2))

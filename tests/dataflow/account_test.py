@@ -4,24 +4,26 @@ import numpy as np
 import pytest
 
 from realjax.algorithms import ppo
+from realjax.dataflow import DataflowGraph, call
 from realjax.dataflow.account import GIB, DoesNotFitError, Sizes, account
 from realjax.dataflow.plan import make_plan
 from realjax.dataflow.schedule import home_places, make_schedule, place_of
+from realjax.functions import Infer
 
 GRAPH = ppo.graph(ppo.PPO())
 FLOAT = dict.fromkeys(GRAPH.roles, "float32")
 
 
-def sizes_of(plan, *, part=10, copy=4, working=3, batch=0, streamed=()):
+def sizes_of(plan, graph, *, part=10, copy=4, working=3, batch=0, streamed=()):
     copies = {}
-    for name, node in GRAPH.calls.items():
+    for name, node in graph.calls.items():
         if node.role is not None:
-            key = node.role, place_of(GRAPH, plan, FLOAT, name).key
+            key = node.role, place_of(graph, plan, FLOAT, name).key
             copies[key] = copy * GIB
     return Sizes(
         parts={
             (role, what): part * GIB
-            for role in GRAPH.roles
+            for role in graph.roles
             for what in ("parameters", "optimizer")
         },
         copies=copies,
@@ -32,11 +34,11 @@ def sizes_of(plan, *, part=10, copy=4, working=3, batch=0, streamed=()):
     )
 
 
-def account_of(plan, *, limit=0, **sizes):
-    steps = make_schedule(GRAPH, plan, FLOAT)
-    homes = home_places(GRAPH, plan, FLOAT)
-    found = sizes_of(plan, **sizes)
-    return account(steps, GRAPH, plan, homes, found, limit_bytes=limit * GIB)
+def account_of(plan, *, graph=GRAPH, limit=0, **sizes):
+    steps = make_schedule(graph, plan, FLOAT)
+    homes = home_places(graph, plan, FLOAT)
+    found = sizes_of(plan, graph, **sizes)
+    return account(steps, graph, plan, homes, found, limit_bytes=limit * GIB)
 
 
 def gib(values):
@@ -69,6 +71,28 @@ def test_what_waits_on_the_host_counts_there_and_its_copy_stays():
     # The update makes the copies of the old masters and moments worthless.
     assert by_step["Offload policy optimizer"] == [20]
     assert by_step["Offload policy parameters"] == [30]
+
+
+def test_a_host_copy_of_what_no_call_changes_serves_every_step():
+    infer = Infer(output="scores")
+    graph = DataflowGraph(
+        one=call("reward", infer, scores="a"),
+        two=call("reference", infer, scores="b"),
+        three=call("reward", infer, scores="c"),
+    )
+    # Its last call keeps reward on the device; the copy made in between stays, too.
+    plan = make_plan(graph, num_devices=1, allocations={"one": "d1+offload"})
+    found = account_of(plan, graph=graph)
+    assert gib(found.resting_bytes) == [20]
+    assert gib(found.resting_host_bytes) == [10]
+    assert gib(found.moments[0].host_bytes) == [10]
+
+
+def test_groups_of_devices_that_lie_between_each_other_have_names_of_their_own():
+    places = {"rollout": "d2@0,3", "reward": "d3@1,2,5"}
+    plan = make_plan(GRAPH, num_devices=6, allocation="d1@4", allocations=places)
+    heads = account_of(plan).table().splitlines()[0]
+    assert heads.split("  device ")[1:] == ["0, 3", "1, 2 … 5", "4  host"]
 
 
 def test_keys_of_the_batch_stay_until_the_step_ends():
