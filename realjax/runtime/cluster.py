@@ -110,6 +110,8 @@ def start(
             f"This is process {process_index} of {num_processes}. Give each its index,"
             f" 0 to {num_processes - 1}, in JAX_PROCESS_ID."
         )
+    # Its handler swallows SIGTERM: a process that loads a model could not be ended.
+    jax.config.update("jax_enable_preemption_service", False)
     if _has_cpus_only():
         _let_cpus_talk(host)
     try:

@@ -101,7 +101,8 @@ class Trainer:
         own = workdir if self.is_first else workdir / f"process{jax.process_index()}"
         self.profiler = Profiler(run.config.profile_steps, own)
         self.step = self.num_nonfinite = 0
-        self.stop_signal: int | None = None
+        self.stop_signal: int | None = None  # The same in all processes.
+        self._own_signal: int | None = None
         self.samples: dict[str, list[dict]] = {}
         with contextlib.ExitStack() as opened:
             self._open(opened)
@@ -176,7 +177,7 @@ class Trainer:
                 self._warm_up()
                 if config.evaluation.at_start and not benchmark:
                     self.metrics.write(0, self._evaluate("before training"))
-            while self.step < last and self.stop_signal is None:
+            while not self._is_stopped() and self.step < last:
                 is_epoch_end, num_epochs = self._step(rate)
                 if self.step == last or config.checkpoint.is_due(
                     step=self.step,
@@ -235,21 +236,20 @@ class Trainer:
     def _agree(self, numbers: dict[str, float]) -> dict[str, float]:
         """What all processes know after a step, so that they decide alike.
 
-        Each has the metrics of the calls it ran; a signal may have come to one of them
-        alone, and their clocks differ.
+        Each has the metrics of the calls it ran, and their clocks differ.
         """
         minutes = (time.monotonic() - self._saved_seconds) / 60
         found = cluster.gather(
-            f"step/{self.step}",
-            {"numbers": numbers, "stop": self.stop_signal, "minutes": minutes},
+            f"step/{self.step}", {"numbers": numbers, "minutes": minutes}
         )
         self._minutes_since_save = found[0]["minutes"]
-        signals = [one["stop"] for one in found if one["stop"] is not None]
-        self.stop_signal = signals[0] if signals else None
-        merged: dict[str, float] = {}
-        for one in found:
-            merged = one["numbers"] | merged
-        return merged
+        return {k: v for one in found[::-1] for k, v in one["numbers"].items()}
+
+    def _is_stopped(self) -> bool:
+        """Whether a signal came to any process, at whatever time: all find the same."""
+        found = cluster.gather(f"signal/{self.step}", self._own_signal)
+        self.stop_signal = next((one for one in found if one is not None), None)
+        return self.stop_signal is not None
 
     def _evaluation_is_due(self) -> bool:
         config = self.run.config
@@ -482,9 +482,9 @@ class Trainer:
         """Ctrl-C and SIGTERM end the step, then the run; a second Ctrl-C is rough."""
 
         def stop(number, _):
-            if self.stop_signal is not None:
+            if self._own_signal is not None:
                 raise KeyboardInterrupt
-            self.stop_signal = number
+            self._own_signal = number
             self.console.print("stopping after this step; a checkpoint will be saved")
 
         watched = (signal.SIGINT, signal.SIGTERM)
