@@ -1,5 +1,7 @@
 """Processes find each other, exchange values on the host, and notice who is missing."""
 
+import signal
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,11 +54,12 @@ def test_a_late_process_is_named():
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_others():
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_ends_the_others(number):
     (status, text), (killed, _) = launch(
-        exchanges.one_is_killed, num_processes=2, num_devices=1, may_fail=True
+        exchanges.one_is_killed, number, num_processes=2, num_devices=1, may_fail=True
     )
-    assert killed == -9 and status
+    assert killed == -number and status
     assert "heartbeat" in text
 
 

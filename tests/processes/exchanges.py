@@ -1,7 +1,6 @@
 """What the processes of `cluster_test.py` do."""
 
 import os
-import signal
 import time
 
 import jax
@@ -83,9 +82,9 @@ def one_is_late():
         return None
 
 
-def one_is_killed():
+def one_is_killed(number):
     if jax.process_index() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
     cluster.barrier("never")
 
 
