@@ -167,3 +167,75 @@ def test_a_streamed_update_keeps_moments_in_host_memory(strategy):
 def test_attention_over_32k_tokens_holds_no_scores():
     found = run("tests/compile_attention.py")
     assert found["temporary_bytes"] <= BUDGETS["attention d1"]
+
+
+REALLOCATIONS = [
+    ("f8:t8", "cast"),
+    ("d2f2t2:t8", "cast"),
+    ("f8:d2t4", "cast"),
+    ("f8:d2t4", "mix"),
+]
+"""From float32 masters to bfloat16 copies, and into averages in float32."""
+
+
+@functools.cache
+def reallocated(pair: str, kind: str) -> dict:
+    """Return what the programs of a reallocation need."""
+    return run("tests/compile_reallocation.py", pair, kind)
+
+
+def steps_of(found: dict, *names: str) -> list[dict]:
+    """Return the programs of these kinds."""
+    return [p for p in found["programs"] if p["program"].split()[0] in names]
+
+
+@pytest.mark.parametrize(("pair", "kind"), REALLOCATIONS)
+def test_a_reallocation_takes_a_quarter_of_its_tree_beside_it(pair, kind):
+    found = reallocated(pair, kind)
+    share = found["beside_bytes"] / found["shard_bytes"]
+    assert share <= 0.25, f"{pair}: {share:.3f}"
+    # All of that is parcels: pieces are read and written where they are.
+    for program in steps_of(found, "cut", "begin", "join"):
+        assert program["temporary_bytes"] <= 2**20, program["program"]
+
+
+@pytest.mark.parametrize(("pair", "kind"), REALLOCATIONS)
+def test_no_program_of_a_reallocation_uses_host_memory(pair, kind):
+    for program in reallocated(pair, kind)["programs"]:
+        assert program["host_bytes"] == 0
+        assert program["on_host"] == []
+        # What a program writes into is given memory, and nothing else is called.
+        assert set(program["custom_calls"]) <= {"AllocateBuffer"}
+
+
+@pytest.mark.parametrize(("pair", "kind"), REALLOCATIONS)
+def test_only_exchanges_of_dimensions_are_left_to_collectives(pair, kind):
+    found = reallocated(pair, kind)
+    assert all(not p["collectives"] for p in steps_of(found, "cut", "begin", "join"))
+    exchanges = steps_of(found, "identity")
+    assert bool(exchanges) == (pair == "f8:t8")
+    for exchange in exchanges:
+        assert {c["kind"] for c in exchange["collectives"]} == {"all-to-all"}
+        # Every device is given its parts of the result, and no more.
+        given = sum(c["num_bytes"] for c in exchange["collectives"])
+        assert abs(given - exchange["output_bytes"]) < 1024
+
+
+@pytest.mark.parametrize(("pair", "kind"), REALLOCATIONS)
+def test_slabs_and_averages_are_written_in_place(pair, kind):
+    found = reallocated(pair, kind)
+    begun = {p["program"].split()[1] for p in steps_of(found, "begin")}
+    joins = {p["program"].split()[1]: p for p in steps_of(found, "join")}
+    in_place = joins.keys() if kind == "mix" else begun
+    assert in_place
+    for name in in_place:
+        # Beside the arrays there are a counter and a number, of some bytes.
+        assert joins[name]["output_bytes"] - joins[name]["alias_bytes"] < 1024
+
+
+def test_one_jitted_identity_would_gather_whole_arrays():
+    found = reallocated("d2f2t2:t8", "identity")
+    wholes = [c for c in found["collectives"] if c["shape"] == "f32[32,4096,14336]"]
+    assert {c["kind"] for c in wholes} == {"all-gather"}
+    pieces = reallocated("d2f2t2:t8", "cast")
+    assert found["temporary_bytes"] > 50 * pieces["beside_bytes"]

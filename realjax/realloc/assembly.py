@@ -154,7 +154,7 @@ class _Planner:
         self.slab, self.is_shared, self.is_donated = slab, is_shared, is_donated
         self.is_mixed = requests[leaves[0]].is_mixed
         self.held, self.wanted, self.places = {}, {}, {}
-        self.devices: dict[int, Any] = {}
+        devices: dict[int, Any] = {}
         for leaf in leaves:
             request = requests[leaf]
             layouts = Layout.of(request.source), Layout.of(request.destination)
@@ -166,7 +166,10 @@ class _Planner:
                 for layout in layouts
             ]
             for sharding in (request.source, request.destination):
-                self.devices.update((d.id, d) for d in sharding.device_set)
+                devices.update((d.id, d) for d in sharding.device_set)
+        # By id: a set has another order in every process, and a program whose devices
+        # are in another order is not found in the compilation cache.
+        self.devices = dict(sorted(devices.items()))
         self.order = {device: place for place, device in enumerate(self.devices)}
         # Of each device: the blocks it has already, and what it receives to be joined.
         self.own: dict[int, dict[int, Box]] = collections.defaultdict(dict)

@@ -230,12 +230,13 @@ def count_request(traffic: Traffic, request: Request, kind: Kind) -> None:
 
 def _kind(number: int, request: Request) -> Kind:
     for sharding in (request.source, request.destination):
-        device = next(iter(sharding.device_set))
-        if sharding.memory_kind not in (None, device.default_memory().kind):
+        kind, device = sharding.memory_kind, next(iter(sharding.device_set))
+        # Devices that are only described have no memories to name.
+        if kind is not None and kind != device.default_memory().kind:
             raise UnfitArray(
                 number,
-                f"memory kind {sharding.memory_kind!r}; reallocation works in device"
-                " memory. Bring the array back with `to_device` first.",
+                f"memory kind {kind!r}; reallocation works in device memory. Bring the"
+                " array back with `to_device` first.",
             )
     try:
         return request.route.kind
