@@ -4,6 +4,7 @@ Read `routes` first (what moves where, without devices; its nouns are `layouts`,
 and `hops`), then `transfer` (which moves it) and `mixing` (averages on the way). Behind
 them are `plans` (what is kept about a tree), `assembly`, `pieces` and `programs` (the
 route that slices and joins), `crossing` (other processes) and `offload` (host memory).
+`docs/reallocation.md` is the page for those who use it.
 """
 
 from realjax.realloc.hosts import Hosts
