@@ -59,6 +59,10 @@ _LOOK_SECONDS = 2.0  # How often someone who waits asks whether a process has fa
 _NUM_CPU_THREADS = 32
 _CHUNK_BYTES = 1 << 20  # A message of gRPC has at most 4 MiB.
 _PREFIX = "realjax"
+_FAILED = f"{_PREFIX}/failed"
+
+# Of each time that `telling_failures` was entered here, whether it is under way.
+_UNDER_WAY: list[bool] = []
 
 
 Box = tuple[tuple[int, int], ...]
@@ -138,6 +142,9 @@ def telling_failures() -> Iterator[None]:
     Who waits for a value of the failed process gets a `ClusterError`. One that waits
     for its devices cannot: it ends, some seconds later, with a message. A process that
     is killed tells nothing: the others miss its heartbeat, and end.
+
+    All processes enter this alike: an error that they have dealt with, as a config that
+    is wrong in all of them, says nothing of what they do under it next.
     """
     # Not jax.process_count(): it starts the devices, and so waits for the others.
     from jax._src import distributed
@@ -146,28 +153,32 @@ def telling_failures() -> Iterator[None]:
     if client is None:
         yield
         return
+    number = len(_UNDER_WAY)
+    _UNDER_WAY.append(True)
     is_over = threading.Event()
-    threading.Thread(target=_watch, args=(client, is_over), daemon=True).start()
+    watch = threading.Thread(target=_watch, args=(client, number, is_over), daemon=True)
+    watch.start()
     try:
         yield
     except BaseException as error:
         if not isinstance(error, SystemExit):
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 client.key_value_set(
-                    f"{_PREFIX}/failed/{index}",
+                    f"{_FAILED}/{number}/{index}",
                     f"{type(error).__name__}: {error}",
                     allow_overwrite=True,
                 )
         raise
     finally:
         is_over.set()
+        _UNDER_WAY[number] = False
 
 
-def _watch(client: Any, is_over: threading.Event) -> None:
+def _watch(client: Any, number: int, is_over: threading.Event) -> None:
     """End this process when another has failed and this one does not notice."""
     while not is_over.wait(_WATCH_SECONDS):
         try:
-            failed = client.key_value_dir_get(f"{_PREFIX}/failed/")
+            failed = client.key_value_dir_get(f"{_FAILED}/{number}/")
         except jax.errors.JaxRuntimeError:
             return  # The store is gone, which JAX notices as well.
         if failed and not is_over.wait(_GRACE_SECONDS):
@@ -432,11 +443,14 @@ def _wait(name: str, key: str, process: int, deadline: float) -> bytes:
 
 def _raise_failures() -> None:
     try:
-        failed = _client().key_value_dir_get(f"{_PREFIX}/failed/")
+        failed = _client().key_value_dir_get(f"{_FAILED}/")
     except jax.errors.JaxRuntimeError as error:
         raise _lost(error) from error
-    if failed:
-        raise ClusterError(_failure(*failed[0]))
+    for name, message in failed:
+        number = int(name.split("/")[-2])
+        # In what is done here as well, or in what this process has not come to yet.
+        if number >= len(_UNDER_WAY) or _UNDER_WAY[number]:
+            raise ClusterError(_failure(name, message))
 
 
 def _failure(name: str, message: str) -> str:

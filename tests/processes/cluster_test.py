@@ -48,6 +48,11 @@ def test_a_failed_process_ends_those_who_wait_for_its_devices():
 
 
 @pytest.mark.slow
+def test_an_error_that_all_have_dealt_with_ends_nothing_later():
+    launch(exchanges.all_go_on_after_a_failure, num_processes=2, num_devices=1)
+
+
+@pytest.mark.slow
 def test_a_late_process_is_named():
     message, _ = launch(exchanges.one_is_late, num_processes=2, num_devices=1)
     assert message.startswith("Process 1 did not publish 'late' in time")

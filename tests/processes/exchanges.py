@@ -1,5 +1,6 @@
 """What the processes of `cluster_test.py` do."""
 
+import contextlib
 import os
 import time
 
@@ -69,6 +70,15 @@ def one_fails():
     if jax.process_index() == 1:
         raise ValueError("the reward of row 3 is not a number")
     cluster.barrier("never")
+
+
+def all_go_on_after_a_failure():
+    with contextlib.suppress(ValueError), cluster.telling_failures():
+        raise ValueError("the config names 9 devices, and there are 2")
+    with cluster.telling_failures():
+        if jax.process_index() == 1:
+            time.sleep(4)  # The other looks whether this one has failed.
+        cluster.barrier("together again")
 
 
 def one_is_late():
