@@ -141,10 +141,17 @@ class ParameterStore:
         found: dict[Part, PyTree] = {p: copy.tree for p, copy in kept.host.items()}
         return found | kept.device
 
+    def forget(self, roles: Collection[str]) -> None:
+        """Drops everything that roles keep; `restore` comes next."""
+        for role in roles:
+            self._kept[role].device.clear()
+            self._kept[role].host.clear()
+
     def restore(self, role: str, parts: Mapping[Part, PyTree]) -> None:
-        """Takes back what `saved_state` gave; `rest` brings it where it rests."""
+        """Takes back what `saved_state` gave, to where it rests."""
         bring = lambda t: offload.to_device(t) if offload.is_on_host(t) else t
         self._change(role, {part: bring(tree) for part, tree in parts.items()})
+        self.rest()
 
     def rest(self) -> None:
         """Brings every role to where it is between steps."""

@@ -148,8 +148,8 @@ class Trainer:
         for role in run.graph.trained_roles:
             program = self.executor.programs.train_program(role)
             store.set_train_state(role, program.init_optimizer(store.at_home(role)))
+            store.rest()  # All at the same time may be more than the devices hold.
         self._restore()
-        store.rest()
         # Devices of a CPU have no links: their copies are within one memory.
         if config.check_links and jax.default_backend() != "cpu":
             rows = size * run.train_data.rows_per_record
@@ -357,14 +357,14 @@ class Trainer:
         """The last complete checkpoint, on whatever allocation this run has."""
         if not self.checkpointer.steps():
             return
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-            self._state(),
-        )
-        real = self.executor.store.real_shapes(named_arrays.flatten(abstract))
+        shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        abstract = jax.tree.map(shape, self._state())
+        store, roles = self.executor.store, self.run.graph.changed_roles
+        real = store.real_shapes(named_arrays.flatten(abstract))
+        store.forget(roles)  # Beside what is restored, it might not fit.
         found = self.checkpointer.restore_latest(abstract, real=real)
-        for role in self.run.graph.changed_roles:
-            self.executor.store.restore(role, found.arrays[role])
+        for role in roles:
+            store.restore(role, found.arrays[role])
         for name in self.executor.calls.transform_states:
             self.executor.calls.transform_states[name] = found.arrays[f"state_{name}"]
         self.step = found.step

@@ -1,13 +1,15 @@
 """Tests of runs whose trained role waits in host memory."""
 
 import dataclasses
+import gc
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from realjax.runtime.checkpoint import CheckpointConfig
+from realjax.realloc import live_bytes
+from realjax.runtime.checkpoint import CheckpointConfig, Checkpointer
 from realjax.runtime.memory import run_account
 from realjax.runtime.run import prepare
 from tests.runtime import small_runs
@@ -63,6 +65,28 @@ def test_masters_and_moments_that_wait_on_the_host_train_and_resume_alike(
     _, text = small_runs.train(away, again)
     assert "resumed from the checkpoint of step 2" in text
     small_runs.check_same_arrays(small_runs.saved_arrays(again, 3), found)
+
+
+def test_what_is_restored_finds_the_devices_empty(folder, resident, monkeypatch):
+    again = folder / "empty"
+    shutil.copytree(folder / "resident", again)
+    shutil.rmtree(again / "checkpoints" / "3")
+    restore, found = Checkpointer.restore_latest, []
+
+    def measured(checkpointer, *arguments, **options):
+        gc.collect()
+        found.append(live_bytes() - before)
+        return restore(checkpointer, *arguments, **options)
+
+    monkeypatch.setattr(Checkpointer, "restore_latest", measured)
+    gc.collect()
+    before = live_bytes()
+    _, text = small_runs.train(config(folder), again)
+    assert "resumed from the checkpoint of step 2" in text
+    # Not a second set of masters and moments, which might not fit beside the first.
+    size = sum(array.nbytes for array in resident.values())
+    assert len(found) == 1 and found[0] < size / 10
+    small_runs.check_same_arrays(small_runs.saved_arrays(again, 3), resident)
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(folder):
