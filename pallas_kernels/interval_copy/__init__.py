@@ -2,5 +2,6 @@
 
 from pallas_kernels.interval_copy.api import pack, unpack
 from pallas_kernels.interval_copy.blocks import Block
+from pallas_kernels.interval_copy.slices import average
 
-__all__ = ["Block", "pack", "unpack"]
+__all__ = ["Block", "average", "pack", "unpack"]

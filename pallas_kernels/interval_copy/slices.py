@@ -46,7 +46,7 @@ def unpack(
         if eta is not None:
             # Read where it is written, so that a donated array is updated in place.
             old = jax.lax.dynamic_slice(whole, _as32(place), size)
-            block = _mix(block, old, eta)
+            block = average(block, old, eta)
         whole = jax.lax.dynamic_update_slice(whole, block.astype(dtype), _as32(place))
     return whole
 
@@ -67,10 +67,18 @@ def _read(inputs: Sequence[jax.Array], block: Block) -> jax.Array:
     return jax.lax.dynamic_slice(array, _as32(block.start), block.size)
 
 
-def _mix(block: jax.Array, old: jax.Array, eta: jax.Array | float) -> jax.Array:
-    """Average in float32."""
+def average(new: jax.Array, old: jax.Array, eta: jax.Array | float) -> jax.Array:
+    """Return eta new + (1 - eta) old in float32, with the same bits in every program.
+
+    A compiler may round a product and a sum once or twice, and does so in one program
+    and not in another. Copies of a block that devices average on their own would drift
+    apart: so each product passes through a minimum, which nothing can be fused across.
+    """
     weight = jnp.asarray(eta, jnp.float32)
-    return weight * block.astype(jnp.float32) + (1 - weight) * old.astype(jnp.float32)
+    # Infinite for every weight there is, which the compiler cannot know.
+    bound = jnp.where(weight < 2, jnp.inf, 0.0).astype(jnp.float32)
+    parts = weight * new.astype(jnp.float32), (1 - weight) * old.astype(jnp.float32)
+    return jnp.minimum(parts[0], bound) + jnp.minimum(parts[1], bound)
 
 
 def _joined(

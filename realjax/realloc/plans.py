@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from pallas_kernels.interval_copy import average
 from realjax.core.arrays import Array
 from realjax.realloc.assembly import plan_moves
 from realjax.realloc.crossing import cross, renamed, replicated, upload, where
@@ -279,7 +280,7 @@ class _Identity:
                 return [jnp.copy(array).astype(dtype) for array, dtype in pairs]
             moved = jax.lax.with_sharding_constraint(arrays, destinations)
             return [
-                mixture(array, target, eta)
+                average(array, target, eta).astype(target.dtype)
                 for array, target in zip(moved, targets, strict=True)
             ]
 
@@ -297,12 +298,6 @@ class _Identity:
     ) -> list[Array]:
         eta = None if weight is None else weight(self.mesh)
         return self.function(arrays, targets, eta)
-
-
-def mixture(array: Array, target: Array, eta: Any) -> Array:
-    """Return eta array + (1 - eta) target, computed in float32, as target's type."""
-    mixed = eta * array.astype(jnp.float32) + (1 - eta) * target.astype(jnp.float32)
-    return mixed.astype(target.dtype)
 
 
 def _mesh_of(sharding: Sharding) -> Mesh:
