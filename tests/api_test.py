@@ -67,8 +67,8 @@ def test_a_plan_says_where_every_call_would_run():
     assert list(plan.calls) == list(plan.as_dict()["calls"])
     assert {name: str(one.allocation) for name, one in plan.calls.items()} == {
         "rollout": "d2t2@0-3",
-        "reward": "d2@6-7",
-        "reference": "d2@4-5",
+        "reward": "d2@6-7+offload",
+        "reference": "d2@4-5+offload",
         "value": "f2t2@4-7",
         "advantages": "d2f4@0-7",
         "train_policy": "d2f4@0-7",
