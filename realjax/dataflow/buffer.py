@@ -17,7 +17,7 @@ from realjax.core.arrays import Array
 from realjax.core.batch import Batch
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import make_mesh
-from realjax.parallel.sharding import rows_sharding
+from realjax.parallel.sharding import handles, rows_sharding
 from realjax.realloc.transfer import Traffic, move_array
 
 
@@ -110,10 +110,8 @@ class Buffer:
 def _repeat(value: Any, count: int, *, axis: int) -> Array:
     """Repeat rows on the devices that hold them; elsewhere, only in name."""
     repeat = functools.partial(jnp.repeat, repeats=count, axis=axis)
-    shape = jax.eval_shape(repeat, value)
     rows = value.sharding
-    if value.sharding.addressable_devices:
+    if rows.addressable_devices:
         return jax.jit(repeat, out_shardings=rows)(value)
-    return jax.make_array_from_single_device_arrays(
-        shape.shape, rows, [], dtype=shape.dtype
-    )
+    made = jax.eval_shape(repeat, value)
+    return handles(jax.ShapeDtypeStruct(made.shape, made.dtype, sharding=rows))

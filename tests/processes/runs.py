@@ -21,22 +21,16 @@ from realjax.testing import tiny_model
 from tests.e2e import tiny_ppo
 from tests.runtime import small_runs
 
-# Of 8 devices: the rollout is in the first half, the reference in the second, and both
-# train over all. With four processes of 2 devices, reward and reference have one each.
-PLAN = {
-    "rollout": "t4@0-3",
-    "reward": "t2@6-7",
-    "reference": "d2@4-5",
-    "value": "f2t2@0-3",
-    "advantages": "d4@1-4",
-    "train_policy": "d2f4@0-7",
-    "train_critic": "f2t2@4-7",
-}
-
 
 def tiny_steps(num_steps=2, offload=("reference", "policy")):
-    """Steps of the tiny PPO; what this process saw of them."""
-    executor = tiny_ppo.make_executor(tiny_ppo.hyperparameters(), PLAN, offload=offload)
+    """Steps of the tiny PPO; what this process saw of them.
+
+    The rollout is in the first half of the devices, the reference in the second, and
+    the policy trains over all; of four processes, reward and reference have one each.
+    """
+    executor = tiny_ppo.make_executor(
+        tiny_ppo.hyperparameters(), tiny_ppo.PLAN, offload=offload
+    )
     found = []
     for step in range(1, num_steps + 1):
         metrics, buffer = executor.run(tiny_ppo.prompts_of(step), step=step)
