@@ -120,7 +120,11 @@ def _movers(
 
 
 def _time(mover: Mover, tree: PyTree, times: _Times) -> None:
-    gc.collect()
+    gc.collect()  # What the last one made is gone.
+    _time_call(mover, tree, times)
+
+
+def _time_call(mover: Mover, tree: PyTree, times: _Times) -> None:
     begin = time.perf_counter()
     moved = mover(tree)
     returned = time.perf_counter()
@@ -175,14 +179,17 @@ def _line(found: dict[str, Any]) -> str:
 
 
 def _host_seconds(options: Options) -> dict[str, Any]:
-    """Until a cached reallocation of a tiny model returns, by number of layers."""
+    """Until a cached reallocation of a tiny model returns, by number of layers.
+
+    In a loop, as a training run does it: nothing collects garbage in between.
+    """
     found: dict[str, Any] = {}
     for pair in options.pairs:
         for layers in (8, 32):
             tree, places = _small_tree(pair, layers, options.dtype)
             times = _Times()
             for _ in range(options.repetitions + 2):
-                _time(lambda tree, to=places: reallocate(tree, to), tree, times)
+                _time_call(lambda tree, to=places: reallocate(tree, to), tree, times)
             found.setdefault(str(pair), {})[layers] = _spread(times.returned[2:])
     return found
 
@@ -193,7 +200,7 @@ def _equal_layouts(options: Options) -> dict[str, float]:
     places = jax.tree.map(lambda array: array.sharding, tree)
     times = _Times()
     for _ in range(options.repetitions + 2):
-        _time(lambda tree: reallocate(tree, places, alias=True), tree, times)
+        _time_call(lambda tree: reallocate(tree, places, alias=True), tree, times)
     return _spread(times.returned[2:])
 
 
