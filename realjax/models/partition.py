@@ -20,6 +20,11 @@ from realjax.models.experts import ApplyExperts, apply_experts
 Layer = Callable[[Array, PyTree, PyTree], tuple[Array, PyTree]]
 RunLayers = Callable[[Layer, Array, PyTree, PyTree], tuple[Array, PyTree]]
 
+# locally(function, in_axes, out_axes) -> function: what each device does with its own
+# parts of some arrays. The axes are those of the arguments, a tuple of trees, and of
+# the result.
+Locally = Callable[[Callable[..., PyTree], tuple[PyTree, ...], PyTree], Callable]
+
 
 def scan_layers(
     layer: Layer, x: Float[Array, "R S D"], stacked: PyTree, of_rows: PyTree
@@ -32,6 +37,14 @@ def scan_layers(
     return jax.lax.scan(step, x, stacked)
 
 
+def on_whole_arrays(
+    function: Callable[..., PyTree], in_axes: tuple[PyTree, ...], out_axes: PyTree
+) -> Callable[..., PyTree]:
+    """Return the function as it is: the `locally` of a program without a mesh."""
+    del in_axes, out_axes
+    return function
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Partition:
     """How the work of a forward pass is split.
@@ -42,6 +55,8 @@ class Partition:
             are repeated until these divide them.
         run_layers: runs the stack.
         experts: applies the experts of a layer to the tokens that chose them.
+        locally: makes a function work on each device's own parts of arrays, as cut by
+            their logical axes, without a word between devices.
         linear_logprob: scores tokens with the language head, as
             `rl.logprobs.token_logprobs` takes it; None is that of one device.
     """
@@ -50,6 +65,7 @@ class Partition:
     num_head_parts: int = 1
     run_layers: RunLayers = scan_layers
     experts: ApplyExperts = apply_experts
+    locally: Locally = on_whole_arrays
     linear_logprob: Callable[..., tuple[Array, Array]] | None = None
 
     def num_kv_heads(self, num_kv_heads: int) -> int:

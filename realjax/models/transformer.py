@@ -18,16 +18,28 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.attention import attention, cached_attention
+from pallas_kernels.paged_attention import paged_attention
 from realjax.core.arrays import Array, Float, Int, PyTree, UInt
 from realjax.models import block as block_lib
 from realjax.models import cache as cache_lib
+from realjax.models import pages as pages_lib
 from realjax.models import rotary
-from realjax.models.axes import CACHE, EMBEDDED, RESIDUAL
+from realjax.models.axes import (
+    CACHE,
+    EMBEDDED,
+    KEY_VALUE,
+    OF_ROWS,
+    PAGE_TABLE,
+    QUERY,
+    RESIDUAL,
+    SCALAR,
+)
 from realjax.models.block import INIT_DEVIATION, LAYER_INPUT, Block
 from realjax.models.cache import Cache
 from realjax.models.config import ModelConfig
 from realjax.models.moe import RouterSums, router_sums
 from realjax.models.norm import Norm
+from realjax.models.pages import Pool
 from realjax.models.parameters import (
     Parameter,
     abstract_parameters,
@@ -42,6 +54,7 @@ __all__ = [
     "Parameter",
     "abstract_parameters",
     "extend",
+    "extend_pages",
     "hidden_states",
     "init_parameters",
     "run",
@@ -247,6 +260,109 @@ def extend(
     carry = (partition.constrain(x, RESIDUAL), cache)
     (x, cache), _ = jax.lax.scan(layer, carry, jnp.arange(config.num_layers))
     return _final_norm(parameters, config, x, dtype), cache
+
+
+def extend_pages(
+    parameters: PyTree,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    pool: Pool,
+    *,
+    table: Int[Array, "B M"],
+    first_page: Int[Array, " B"],
+    start: Int[Array, " B"],
+    counts: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    num_pages: Int[Array, ""],
+    dtype: DTypeLike = jnp.float32,
+    partition: Partition = WHOLE,
+) -> tuple[Float[Array, "B T D"], Pool]:
+    """Run the model over the next tokens of every row, with pages of earlier ones.
+
+    With T = 1 this is one step of decoding, with more a chunk of prompts; rows are at
+    places of their own. A token sees those of its row, from first_page[b] pages on, up
+    to itself, and in layers with a window no farther back than that.
+
+    Args:
+        parameters: tree of `abstract_parameters(config)`.
+        config: of the model.
+        tokens: ids; anything in [0, V) on padding.
+        pool: keys and values of the tokens before `start`.
+        table: pages of each row, those of the new tokens included; -1 is none. On a
+            mesh the rows divide over the axes of rows, and ids count within a part.
+        first_page: pages of each row before those in its table. Whatever is left out
+            must be out of all windows.
+        start: position of each row's first token given.
+        counts: tokens given of each row; 0 for a row that waits. The rest is padding,
+            writes nothing and takes no room of experts.
+        lengths: of each sequence, as far as it is known; for rotary embeddings that
+            look at it.
+        num_pages: columns of the table in use by any row.
+        dtype: of the activations and of the matrix products.
+        partition: how the work is split; the layers are always scanned.
+
+    Returns:
+        Hidden states after the final norm (finite but meaningless on padding), and the
+        pool with the new tokens written.
+    """
+    block = Block(config, dtype, partition)
+    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    positions = start[:, None] + place
+    segment_ids = (place < counts[:, None]).astype(jnp.int32)
+    rotations = ()
+    if config.positions == "rotary":
+        known = jnp.broadcast_to(lengths[:, None], tokens.shape)
+        rotations = _rotations(config, positions, known)
+
+    def attend_on_device(
+        query, key, value, pool, traits, table, first_page, start, counts, num_pages
+    ) -> tuple[Array, Pool]:
+        where = (table, first_page, start)
+        pool = pages_lib.write(pool, traits.index, *where, counts, key, value)
+        attended = paged_attention(
+            query,
+            *pool,
+            layer=traits.index,
+            table=table,
+            first_page=first_page,
+            start=start,
+            num_pages=num_pages,
+            **_attention_options(config, traits),
+        )
+        return attended, pool
+
+    rows = (table, first_page, start, counts, num_pages)
+    rows_axes = (PAGE_TABLE, OF_ROWS, OF_ROWS, OF_ROWS, SCALAR)
+    pool_axes = pages_lib.axes_of(pool)
+
+    def layer(carry: tuple[Array, Pool], index: Array):
+        x, pool = carry
+        weights, traits = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False),
+            _stacked(parameters, config),
+        )
+        traits_axes = jax.tree.map(lambda _: SCALAR, traits)
+        attend = partition.locally(
+            attend_on_device,
+            (QUERY, KEY_VALUE, KEY_VALUE, pool_axes, traits_axes, *rows_axes),
+            (QUERY, pool_axes),
+        )
+        x, pool, _ = _apply(
+            block,
+            weights,
+            x,
+            block_lib.rotation(rotations, traits),
+            lambda *heads: attend(*heads, pool, traits, *rows),
+            segment_ids,
+        )
+        return (x, pool), None
+
+    x = _embed(parameters, config, tokens, positions, dtype, partition)
+    # The pool is in the carry: as scanned inputs and outputs it would be copied whole.
+    # Layers that only pad the stack are not run.
+    carry = (partition.constrain(x, RESIDUAL), pool)
+    (x, pool), _ = jax.lax.scan(layer, carry, jnp.arange(config.num_layers))
+    return _final_norm(parameters, config, x, dtype), pool
 
 
 def _stacked(

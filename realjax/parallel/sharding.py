@@ -32,6 +32,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "expert": ("expert",),
     # activations
     "batch": ("data", "fsdp", "expert"),
+    "pages": ("data", "fsdp", "expert"),  # each row's beside it
     "wide_batch": ("data", "expert"),  # next to "embed", which is over fsdp
     "length": (),
     "embed_act": (),
@@ -98,6 +99,17 @@ def constrain_for(mesh: Mesh, *, options: frozenset[str] = frozenset()) -> Const
         return jax.lax.with_sharding_constraint(x, NamedSharding(around, spec))
 
     return constrain
+
+
+def is_axes(node: Any) -> bool:
+    """Tell a bare tuple of axis names, a leaf, from containers."""
+    # A named tuple (an optimizer's state, say) is a container even when empty.
+    return type(node) is tuple and all(n is None or isinstance(n, str) for n in node)
+
+
+def axes_spec(axes: Axes, mesh: Mesh) -> PartitionSpec:
+    """Return how axes cut an array whose sizes they divide."""
+    return _spec([_mesh_axes(name) for name in axes], mesh)
 
 
 def manual_axes() -> frozenset[str]:
@@ -231,10 +243,7 @@ def _divisors(size: int, largest: int) -> str:
 
 def _is_abstract_leaf(node: Any) -> bool:
     """Tell leaves with `axes`, and bare tuples of axis names, from containers."""
-    if hasattr(node, "axes"):
-        return True
-    # A named tuple (an optimizer's state, say) is a container even when empty.
-    return type(node) is tuple and all(n is None or isinstance(n, str) for n in node)
+    return hasattr(node, "axes") or is_axes(node)
 
 
 def _mesh_axes(name: str | None) -> tuple[str, ...]:

@@ -1,0 +1,201 @@
+"""Attention to pages as models call it, and the choice of an implementation.
+
+gathered    the pages of each row are copied together, then attended to as a dense cache
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Shaped
+
+from pallas_kernels import _dispatch
+from pallas_kernels.paged_attention import reference
+
+TRACED = "traced"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the choice of an implementation looks at.
+
+    A window or a scale that is not known before tracing is `TRACED`.
+    """
+
+    query_shape: tuple[int, ...]
+    pages_shape: tuple[int, ...]
+    num_columns: int
+    dtype: DTypeLike
+    pages_dtype: DTypeLike
+    device: _dispatch.Device
+    window: int | str | None = None
+    soft_cap: float | None = None
+    scale: float | str | None = None
+    is_scaled: bool = False
+
+
+def paged_attention(
+    query: Float[Array, "B T H K"],
+    keys: Shaped[Array, "L P N S K"],
+    values: Shaped[Array, "L P N S K"],
+    key_scales: Float[Array, "L P N S"] | None = None,
+    value_scales: Float[Array, "L P N S"] | None = None,
+    *,
+    layer: Int[Array, ""],
+    table: Int[Array, "B M"],
+    first_page: Int[Array, " B"],
+    start: Int[Array, " B"],
+    num_pages: Int[Array, ""],
+    window: int | Int[Array, ""] | None = None,
+    soft_cap: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T H K"]:
+    """Attend from T tokens of each row to the pages of its own sequence.
+
+        out_t = sum_j softmax_j(cap(scale x query_t · key_j)) value_j
+
+    Pages hold S tokens of all layers. With S = 4, the token at position p of row b
+    stands in slot p % 4 of page table[b, p // 4 - first_page[b]]:
+
+        position     0 1 2 3 | 4 5 6 7 | 8 9
+        table[b]               7         2     -1        first_page[b] = 1
+
+    Query t has position start[b] + t. It sees position j if and only if j is not after
+    its own, the page of j is in the table, and it is fewer than `window` positions
+    after j. Query head h reads key and value head h // (H / N). Scores and their
+    softmax are float32.
+
+    Args:
+        query: of the new tokens; their keys and values are in the pages already.
+        keys: pages of all layers, of any type that the query's type holds exactly, or
+            that float32 queries do.
+        values: as the keys.
+        key_scales: of each token and head: a key is what is stored times its scale.
+            None where keys are stored as they are.
+        value_scales: as of the keys.
+        layer: whose pages are read.
+        table: page of each S positions of a row, from its first on; -1 is no page.
+        first_page: number of pages before those in the table, which are not seen.
+        start: position of each row's first query.
+        num_pages: columns of the table in use by any row; later ones may be left
+            unread. The time taken is about proportional to it.
+        window: a token sees itself and the `window - 1` tokens before it, at least 1;
+            may be traced. None has no limit.
+        soft_cap: cap(x) = soft_cap x tanh(x / soft_cap); None leaves scores as they
+            are.
+        scale: of the scores; may be traced. None is K**-0.5.
+        implementation: "gathered"; None chooses, see `explain`.
+
+    Returns:
+        One vector per token and query head, in the query's dtype. What sees nothing is
+        finite and means nothing.
+
+    Raises:
+        ValueError: heads do not split, one of the scales is missing, no implementation
+            has that name, or the one asked for cannot attend so.
+    """
+    if (key_scales is None) != (value_scales is None):
+        given, missing = "key_scales", "value_scales"
+        if key_scales is None:
+            given, missing = missing, given
+        raise ValueError(f"{given} came without {missing}. Give both, or neither.")
+    request = Request(
+        query_shape=query.shape,
+        pages_shape=keys.shape,
+        num_columns=table.shape[1],
+        dtype=query.dtype,
+        pages_dtype=keys.dtype,
+        device=_dispatch.device(),
+        window=_known(window),
+        soft_cap=soft_cap,
+        scale=_known(scale),
+        is_scaled=key_scales is not None,
+    )
+    choice = _choose(request, implementation)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return choice.function(
+        query,
+        reference.Pages(keys, values, key_scales, value_scales),
+        reference.Rows(table, first_page, start, _as_array(window)),
+        layer=layer,
+        num_pages=num_pages,
+        scale=jnp.asarray(scale, jnp.float32),
+        soft_cap=soft_cap,
+    )
+
+
+def explain(
+    query_shape: tuple[int, ...],
+    pages_shape: tuple[int, ...],
+    num_columns: int,
+    dtype: DTypeLike,
+    *,
+    pages_dtype: DTypeLike | None = None,
+    device: _dispatch.Device | None = None,
+    implementation: str | None = None,
+    **options: bool | int | float | str | None,
+) -> str:
+    """Say which implementation attends so, and why none of those before it.
+
+    Args:
+        query_shape: [B, T, H, K].
+        pages_shape: [L, P, N, S, K].
+        num_columns: of the table.
+        dtype: of the query.
+        pages_dtype: of keys and values; None is that of the query.
+        device: the one to attend on; None is the one of this process.
+        implementation: as in `paged_attention`.
+        **options: `window`, `soft_cap` and `scale` of `paged_attention`, a traced
+            window or scale as "traced"; and `is_scaled`.
+    """
+    request = Request(
+        query_shape=query_shape,
+        pages_shape=pages_shape,
+        num_columns=num_columns,
+        dtype=dtype,
+        pages_dtype=dtype if pages_dtype is None else pages_dtype,
+        device=device or _dispatch.device(),
+        **options,  # pyright: ignore[reportArgumentType]  # The class checks names.
+    )
+    return _choose(request, implementation).explanation
+
+
+def _choose(request: Request, implementation: str | None) -> _dispatch.Choice:
+    _check(request)
+    return _dispatch.choose(
+        "paged attention", _IMPLEMENTATIONS, request, name=implementation
+    )
+
+
+def _check(request: Request) -> None:
+    num_heads, num_kv_heads = request.query_shape[2], request.pages_shape[2]
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"{num_heads} query heads do not split over {num_kv_heads} key heads. The"
+            " number of query heads must be a multiple."
+        )
+    if isinstance(request.window, int) and request.window < 1:
+        raise ValueError(
+            f"The window is {request.window} tokens; it must be at least 1, the token"
+            " itself. None attends without a window."
+        )
+    if request.soft_cap is not None and not request.soft_cap > 0:
+        raise ValueError(
+            f"The soft cap is {request.soft_cap}; it must be positive. None attends"
+            " without."
+        )
+
+
+def _known[T](x: T | Array) -> T | str:
+    return TRACED if isinstance(x, jax.Array) else x
+
+
+def _as_array(window: int | Array | None) -> Array | None:
+    return None if window is None else jnp.asarray(window, jnp.int32)
+
+
+_IMPLEMENTATIONS = (
+    _dispatch.Implementation(name="gathered", function=reference.gathered),
+)
