@@ -7,7 +7,6 @@ A line holds `prompt`, `completion`, `ids`, `logprobs` (nats) and `finish_reason
 "stop" at an end-of-sequence token, else "length".
 """
 
-import dataclasses
 import json
 import pathlib
 import sys
@@ -53,11 +52,9 @@ def declare(values: flags.FlagValues, arguments: list[str]) -> list[str]:
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
     }
-    for field in dataclasses.fields(Sampling):
-        about = _SAMPLING[field.name]
-        define[type(field.default)](
-            field.name, field.default, about, flag_values=values
-        )
+    for name, about in _SAMPLING.items():
+        default = getattr(Sampling, name)
+        define[type(default)](name, default, about, flag_values=values)
     return arguments
 
 
@@ -65,8 +62,11 @@ _SAMPLING = {
     "temperature": "Divides the logits; 0 is greedy.",
     "top_k": "Most likely tokens to draw from; 0 means all.",
     "top_p": "Draw from the fewest tokens whose probabilities add up to it.",
+    "min_p": "Draw from tokens of at least this share of the highest probability.",
     "union": "Take top_p of all tokens, and not of those that top_k left.",
     "greedy": "Always the most likely token.",
+    "repetition_penalty": "Above 1, tokens of prompt and completion come less often.",
+    "presence_penalty": "Above 0, tokens of the completion come less often.",
     "min_new_tokens": "End-of-sequence tokens are forbidden before as many.",
     "max_new_tokens": "Most tokens of a completion.",
 }
@@ -76,8 +76,7 @@ def main(values: flags.FlagValues) -> int:
     """Reads prompts, samples, writes one line a completion."""
     if not values.model:
         raise ValueError("--model is missing: the folder of a checkpoint.")
-    names = [field.name for field in dataclasses.fields(Sampling)]
-    options: dict[str, Any] = {name: values[name].value for name in names}
+    options: dict[str, Any] = {name: values[name].value for name in _SAMPLING}
     Sampling(**options)  # Refused before anything is read.
     output = _writable(values.output) if values.output else None
     found = _read_input(values.prompts)

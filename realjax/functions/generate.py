@@ -260,13 +260,13 @@ class GenerateProgram:
         sampling = self.spec.sampling
         step, is_alive = state.step, ~state.has_ended
         with jax.named_scope("sample"):
-            tokens, logprobs, kept = sampling_lib.sample(
+            draw = sampling_lib.sample(
                 state.logits,
                 jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step),
                 sampling,
                 forbidden=self._forbidden(state.logits, step),
             )
-        tokens = jnp.where(is_alive, tokens, 0)
+        tokens = jnp.where(is_alive, draw.tokens, 0)
         has_ended = state.has_ended | self._is_end(tokens) & is_alive
         slots = state.cache.num_slots - sampling.max_new_tokens
         position = slots + step
@@ -286,8 +286,8 @@ class GenerateProgram:
             has_ended=has_ended,
             num_tokens=state.num_tokens + is_alive,
             tokens=put(state.tokens, tokens),
-            logprobs=put(state.logprobs, jnp.where(is_alive, logprobs, 0.0)),
-            kept=None if state.kept is None else put(state.kept, kept),
+            logprobs=put(state.logprobs, jnp.where(is_alive, draw.logprobs, 0.0)),
+            kept=None if state.kept is None else put(state.kept, draw.kept),
         )
 
     def _is_end(self, tokens):

@@ -1,6 +1,7 @@
 """Drawing tokens, and the sets they are drawn from.
 
-    logits / temperature -> top-k -> top-p of what is left -> one draw, renormalised
+    logits - penalties -> / temperature -> top-k -> top-p of what is left -> min-p
+           -> one draw, renormalised
 
 The set of tokens kept travels with the sample, so the trainer and the reference score
 the token in the distribution it was drawn from. Sets are small: ids where top-k bounds
@@ -9,14 +10,28 @@ nothing is filtered. An empty set is the whole vocabulary.
 """
 
 import dataclasses
+import math
+import operator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.linear_logprob import is_kept, kept_logits, scaled_logits
 from realjax.core.arrays import Array, Bool, Float, Int, Key, UInt
+from realjax.rl.sampling_sets import fewest, most_likely, pack
 
-__all__ = ["Sampling", "is_kept", "kept_width", "normalizer", "sample"]
+__all__ = [
+    "Draw",
+    "History",
+    "Sampling",
+    "bad_word_tokens",
+    "is_kept",
+    "kept_width",
+    "normalizer",
+    "sample",
+]
 
 Kept = Int[Array, "*dims C"] | UInt[Array, "*dims C"]
 
@@ -24,7 +39,6 @@ Kept = Int[Array, "*dims C"] | UInt[Array, "*dims C"]
 LARGEST_ID_SET = 256
 # A draw picks a block of this many tokens first, then one of its tokens.
 BLOCK_SIZE = 64
-ONE_BITS = 0x3F800000  # Of 1.0, as float32.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,28 +51,31 @@ class Sampling:
     """Most likely tokens to keep; 0 keeps all."""
     top_p: float = 1.0
     """Keep the fewest tokens whose probabilities add up to it."""
+    min_p: float = 0.0
+    """Of what top-k and top-p leave, keep the tokens of at least this share of the
+    highest probability; 0 keeps all."""
     union: bool = False
     """ReaL's rule: top-p of the distribution before top-k, and what either removes is
     removed. Otherwise, as elsewhere, top-p of the tokens that top-k kept."""
     greedy: bool = False
     """Always the most likely token, scored in the unfiltered distribution at
     temperature 1."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens in the prompt or the completion so far are divided by it where
+    positive, else multiplied; 1 changes nothing (Keskar et al. 2019, section 4.1)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the completion so far, as in OpenAI's
+    API; 0 changes nothing."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Ids of words that are never completed: the last id of one is forbidden after its
+    others, a single id always."""
     min_new_tokens: int = 0
     """End-of-sequence tokens are forbidden before as many."""
     max_new_tokens: int = 256
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(
-                f"temperature is {self.temperature}; it must be positive, or 0 for"
-                " greedy completions."
-            )
-        if self.top_k < 0:
-            raise ValueError(
-                f"top_k is {self.top_k}; it must be positive, or 0 to keep all tokens."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1].")
+        _check_filters(self)
+        _check_penalties(self)
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens is {self.min_new_tokens} and max_new_tokens is"
@@ -66,10 +83,54 @@ class Sampling:
             )
         if self.max_new_tokens < 1:
             raise ValueError("max_new_tokens is 0; there is nothing to sample.")
+        object.__setattr__(self, "bad_words", _words(self.bad_words))
         if self.temperature == 0 or self.greedy:
             # The trainer scores greedy tokens at the temperature it finds here.
             object.__setattr__(self, "greedy", True)
             object.__setattr__(self, "temperature", 1.0)
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether penalties look at the tokens so far: `sample` needs a `History`."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0
+
+    @property
+    def is_recomputable(self) -> bool:
+        """Whether temperature and kept sets say all about the distributions.
+
+        Then the trainer finds the log-probabilities of the draws again. Penalties
+        change the logits of the kept tokens themselves, which no set records.
+        """
+        return not self.needs_history
+
+    @property
+    def num_recent_tokens(self) -> int:
+        """How many of the last tokens `bad_word_tokens` looks at."""
+        return max(map(len, self.bad_words), default=1) - 1
+
+
+class History(NamedTuple):
+    """The tokens that rows have so far; None where no penalty asks for it."""
+
+    in_prompt_or_completion: Bool[Array, "B V"] | None = None
+    in_completion: Bool[Array, "B V"] | None = None
+
+
+class Draw(NamedTuple):
+    """One token per row, and the distribution it was drawn from.
+
+    Attributes:
+        tokens: their ids.
+        logprobs: of the tokens in that distribution. Greedy tokens count as drawn from
+            the unfiltered one.
+        entropy: of that distribution, in nats.
+        kept: the tokens it is over, in the form `kept_width` tells.
+    """
+
+    tokens: Int[Array, "B"]
+    logprobs: Float[Array, "B"]
+    entropy: Float[Array, "B"]
+    kept: Kept | None
 
 
 def kept_width(sampling: Sampling, vocab_size: int) -> tuple[str, int] | None:
@@ -82,7 +143,7 @@ def kept_width(sampling: Sampling, vocab_size: int) -> tuple[str, int] | None:
     top_k = _top_k(sampling, vocab_size)
     if 0 < top_k <= LARGEST_ID_SET:
         return "ids", top_k
-    if top_k or _has_top_p(sampling) or sampling.min_new_tokens > 0:
+    if top_k or _has_top_p(sampling) or _has_min_p(sampling) or _forbids(sampling):
         return "bits", -(-vocab_size // 32)
     return None
 
@@ -93,43 +154,83 @@ def sample(
     sampling: Sampling,
     *,
     forbidden: Bool[Array, "B V"] | None = None,
-) -> tuple[Int[Array, "B"], Float[Array, "B"], Kept | None]:
+    history: History | None = None,
+) -> Draw:
     """Draw one token per row.
 
-    A row's token depends on its own logits and key only. Ties of probability are kept
-    and chosen by the lower id.
+    A row's token depends on its own logits, history and key only. Ties of probability
+    are kept and chosen by the lower id.
 
     Args:
         logits: of the next token.
         keys: one per row.
-        sampling: temperature and filters.
+        sampling: penalties, temperature and filters.
         forbidden: tokens of probability 0: end-of-sequence tokens before
-            `min_new_tokens`.
+            `min_new_tokens`, and `bad_word_tokens`. Each row needs another one.
+        history: the tokens so far, for the penalties.
 
-    Returns:
-        Tokens; their log-probabilities in the distribution they were drawn from; and
-        the tokens kept, in the form `kept_width` tells.
+    Raises:
+        ValueError: tokens are forbidden and no kept tokens recorded, or a penalty lacks
+            its history.
     """
     form = kept_width(sampling, logits.shape[-1])
+    logits = _penalized(logits.astype(jnp.float32), sampling, history or History())
     if forbidden is not None:
         if form is None:
             raise ValueError(
-                "Tokens are forbidden, but min_new_tokens is 0, so no kept tokens are"
-                " recorded: set min_new_tokens."
+                "Tokens are forbidden, but min_new_tokens is 0 and there are no"
+                " bad_words, so no kept tokens are recorded: set min_new_tokens or"
+                " bad_words."
             )
         logits = jnp.where(forbidden, -jnp.inf, logits)
     logits = scaled_logits(logits, sampling.temperature)  # Greedy: 1.
     if sampling.greedy:
-        tokens, logprobs = _greedy(logits)
-        if form is None:
-            return tokens, logprobs, None
-        return tokens, logprobs, _unfiltered_bits(logits, forbidden)
+        kept = None if form is None else _unfiltered_bits(logits, forbidden)
+        return Draw(*_greedy(logits), kept)
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     if form is None:
-        return *_draw(*_exponentials(logits), uniforms), None
+        return Draw(*_draw(*_exponentials(logits), uniforms), None)
     if form[0] == "ids":
         return _sample_ids(logits, uniforms, sampling)
     return _sample_bits(logits, uniforms, sampling, forbidden)
+
+
+def bad_word_tokens(
+    recent: Int[Array, "B M"], sampling: Sampling, vocab_size: int
+) -> Bool[Array, "B V"]:
+    """Return which tokens would complete one of the `bad_words`.
+
+    Args:
+        recent: the tokens before the next one, of prompt and completion, the latest
+            last; at least `num_recent_tokens` of them, -1 where there is none.
+        sampling: has the words.
+        vocab_size: V.
+
+    Raises:
+        ValueError: too few recent tokens, or a word has an id past the vocabulary.
+    """
+    words, num_recent = sampling.bad_words, sampling.num_recent_tokens
+    if recent.shape[1] < num_recent:
+        raise ValueError(
+            f"There are {recent.shape[1]} recent tokens, but the longest of bad_words"
+            f" has {num_recent + 1} ids: give the last {num_recent} tokens."
+        )
+    largest = max((max(word) for word in words), default=-1)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"bad_words has the id {largest}, but the vocabulary has {vocab_size}"
+            " tokens. Take the ids from the model's own tokenizer."
+        )
+    none = jnp.zeros((recent.shape[0], vocab_size), bool)
+    if not words:
+        return none
+    # Right-aligned, with -1 in front of shorter words: it stands for any token.
+    before = np.full((1, len(words), num_recent), -1, np.int32)
+    for row, word in zip(before[0], words, strict=True):
+        row[num_recent + 1 - len(word) :] = word[:-1]
+    recent = recent[:, None, recent.shape[1] - num_recent :]
+    completes = jnp.all((before < 0) | (recent == before), axis=-1)
+    return none.at[:, np.array([word[-1] for word in words])].max(completes)
 
 
 def normalizer(
@@ -138,9 +239,58 @@ def normalizer(
     """Return the log of the summed exponentials over the kept tokens.
 
     `logits - normalizer` are the log-probabilities `sample` draws from, where the
-    logits are divided by the temperature already.
+    logits are divided by the temperature already and there are no penalties.
     """
     return jax.nn.logsumexp(kept_logits(logits, kept), axis=-1)
+
+
+def _check_filters(sampling: Sampling) -> None:
+    if not 0 <= sampling.temperature < math.inf:
+        raise ValueError(
+            f"temperature is {sampling.temperature}; it must be positive, or 0 for"
+            " greedy completions."
+        )
+    if sampling.top_k < 0:
+        raise ValueError(
+            f"top_k is {sampling.top_k}; it must be positive, or 0 to keep all tokens."
+        )
+    if not 0 < sampling.top_p <= 1:
+        raise ValueError(f"top_p is {sampling.top_p}; it must be in (0, 1].")
+    if not 0 <= sampling.min_p <= 1:
+        raise ValueError(
+            f"min_p is {sampling.min_p}; it must be in [0, 1], and 0 keeps all tokens."
+        )
+
+
+def _check_penalties(sampling: Sampling) -> None:
+    if not 0 < sampling.repetition_penalty < math.inf:
+        raise ValueError(
+            f"repetition_penalty is {sampling.repetition_penalty}; it must be positive,"
+            " and 1 changes nothing."
+        )
+    if not math.isfinite(sampling.presence_penalty):
+        raise ValueError(
+            f"presence_penalty is {sampling.presence_penalty}; it must be finite, and 0"
+            " changes nothing."
+        )
+
+
+def _words(words) -> tuple[tuple[int, ...], ...]:
+    """Return words of token ids as tuples, from any sequences."""
+    try:
+        found = tuple(tuple(map(operator.index, word)) for word in words)
+    except TypeError:
+        raise TypeError(
+            f"bad_words is {words!r}; it needs token ids for each word, as in"
+            " ((5,), (7, 8))."
+        ) from None
+    for word in found:
+        if not word or min(word) < 0:
+            raise ValueError(
+                f"bad_words has the word {word}; a word needs at least one token id,"
+                " and ids are not negative."
+            )
+    return found
 
 
 def _top_k(sampling: Sampling, vocab_size: int) -> int:
@@ -154,12 +304,36 @@ def _has_top_p(sampling: Sampling) -> bool:
     return not sampling.greedy and sampling.top_p < 1
 
 
-def _greedy(logits):
-    below, weights = _exponentials(logits)
-    # The first of the most likely; several times faster than argmax on a CPU.
-    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
-    tokens = jnp.min(jnp.where(below == 0, ids, logits.shape[-1] - 1), axis=-1)
-    return tokens, -jnp.log(jnp.sum(weights, axis=-1))
+def _has_min_p(sampling: Sampling) -> bool:
+    return not sampling.greedy and sampling.min_p > 0
+
+
+def _forbids(sampling: Sampling) -> bool:
+    return sampling.min_new_tokens > 0 or bool(sampling.bad_words)
+
+
+def _penalized(logits, sampling: Sampling, history: History):
+    """Return the logits after the penalties; repetition comes first."""
+    penalty = sampling.repetition_penalty
+    if penalty != 1.0:
+        seen = _history("repetition_penalty", history, "in_prompt_or_completion")
+        less = jnp.where(logits > 0, logits * (1.0 / penalty), logits * penalty)
+        logits = jnp.where(seen, less, logits)
+    if sampling.presence_penalty != 0.0:
+        seen = _history("presence_penalty", history, "in_completion")
+        logits = jnp.where(seen, logits - sampling.presence_penalty, logits)
+    return logits
+
+
+def _history(penalty: str, history: History, name: str) -> Bool[Array, "B V"]:
+    """Return the part of the history that a penalty is about."""
+    seen = getattr(history, name)
+    if seen is None:
+        raise ValueError(
+            f"There is a {penalty}, but history.{name} is missing: pass which tokens"
+            " each row has so far."
+        )
+    return seen
 
 
 def _exponentials(logits):
@@ -168,11 +342,20 @@ def _exponentials(logits):
     return below, jnp.exp(below)
 
 
-def _sample_ids(logits, uniforms, sampling: Sampling):
+def _greedy(logits):
+    below, weights = _exponentials(logits)
+    # The first of the most likely; several times faster than argmax on a CPU.
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
+    tokens = jnp.min(jnp.where(below == 0, ids, logits.shape[-1] - 1), axis=-1)
+    log_total, entropy = _moments(below, weights)
+    return tokens, -log_total, entropy
+
+
+def _sample_ids(logits, uniforms, sampling: Sampling) -> Draw:
     """Draw from at most `LARGEST_ID_SET` tokens."""
-    highest, ids = jax.lax.top_k(logits, sampling.top_k)
+    highest, ids = most_likely(logits, sampling.top_k)
     below, weights = _exponentials(highest)
-    keep = weights > 0
+    keep = (weights > 0) & (weights >= sampling.min_p)
     if sampling.top_p < 1:
         total = jnp.sum(weights, axis=-1, keepdims=True)
         if sampling.union:
@@ -180,81 +363,45 @@ def _sample_ids(logits, uniforms, sampling: Sampling):
         # The tokens are in order: keep those with less than top_p before them.
         before = jnp.cumsum(weights, axis=-1) - weights
         keep &= before < sampling.top_p * total
-        weights = jnp.where(keep, weights, 0.0)
+    weights = jnp.where(keep, weights, 0.0)
     places = _inverse_cdf(weights, uniforms[:, 0])
-    logprobs = _take(below, places) - jnp.log(jnp.sum(weights, axis=-1))
-    return _take(ids, places), logprobs, jnp.where(keep, ids, -1)
+    log_total, entropy = _moments(below, weights)
+    return Draw(
+        tokens=_take(ids, places),
+        logprobs=_take(below, places) - log_total,
+        entropy=entropy,
+        kept=jnp.where(keep, ids, -1),
+    )
 
 
-def _sample_bits(logits, uniforms, sampling: Sampling, forbidden):
+def _sample_bits(logits, uniforms, sampling: Sampling, forbidden) -> Draw:
     """Draw from a set of any size."""
     below, weights = _exponentials(logits)
     top_k = _top_k(sampling, logits.shape[-1])
-    if not (top_k or _has_top_p(sampling)):
-        tokens, logprobs = _draw(below, weights, uniforms)
-        return tokens, logprobs, _unfiltered_bits(logits, forbidden)
+    if not (top_k or _has_top_p(sampling) or _has_min_p(sampling)):
+        return Draw(
+            *_draw(below, weights, uniforms), _unfiltered_bits(logits, forbidden)
+        )
     kept = weights
     if top_k:
         counts = (weights > 0).astype(jnp.float32)
         enough = jnp.minimum(top_k, jnp.sum(counts, axis=-1))
-        kept = jnp.where(_fewest(weights, counts, enough), weights, 0.0)
+        kept = jnp.where(fewest(weights, counts, enough), weights, 0.0)
     if _has_top_p(sampling):
         mass = weights if sampling.union else kept
         enough = sampling.top_p * jnp.sum(mass, axis=-1)
-        kept = jnp.where(_fewest(mass, mass, enough), kept, 0.0)
-    tokens, logprobs = _draw(below, kept, uniforms)
-    return tokens, logprobs, _pack(kept > 0)
+        kept = jnp.where(fewest(mass, mass, enough), kept, 0.0)
+    if _has_min_p(sampling):
+        kept = jnp.where(weights >= sampling.min_p, kept, 0.0)
+    return Draw(*_draw(below, kept, uniforms), pack(kept > 0))
 
 
 def _unfiltered_bits(logits, forbidden):
     """Return sets of all tokens but the forbidden; empty ones if there are none."""
     if forbidden is not None:
-        return _pack(~forbidden)
+        return pack(~forbidden)
     num_rows, vocab_size = logits.shape
     return jnp.zeros((num_rows, -(-vocab_size // 32)), jnp.uint32)
-
-
-def _pack(mask: Bool[Array, "B V"]) -> UInt[Array, "B W"]:
-    """Return one bit per token: bit v % 32 of word v // 32."""
-    num_rows, vocab_size = mask.shape
-    mask = jnp.pad(mask, ((0, 0), (0, -vocab_size % 32)))
-    lanes = jnp.arange(32, dtype=jnp.uint32).reshape(1, 1, 32)
-    bits = mask.reshape(num_rows, -1, 32).astype(jnp.uint32) << lanes
-    return jnp.sum(bits, axis=-1, dtype=jnp.uint32)
-
-
-def _fewest(weights, amounts, enough):
-    """Mark the fewest tokens, largest weights first, whose amounts reach `enough`.
-
-    Instead of sorting, bisects for the smallest weight to keep: in 30 steps over the
-    bit patterns of float32, which order numbers in [0, 1] as integers. Of several
-    tokens of that weight the lower ids are kept.
-
-    Source: the idea of sort-free sampling in FlashInfer, https://flashinfer.ai.
-    """
-    patterns = jax.lax.bitcast_convert_type(weights, jnp.int32)
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low + high) // 2
-        reached = jnp.sum(jnp.where(patterns >= middle[:, None], amounts, 0.0), axis=-1)
-        is_enough = reached >= enough
-        return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
-
-    # Keeping the patterns from `low` on is enough; from `high` on it is not.
-    low = jnp.zeros(enough.shape, jnp.int32)
-    high = jnp.full(enough.shape, ONE_BITS + 1, jnp.int32)
-    low, _ = jax.lax.fori_loop(0, 30, halve, (low, high))
-    above, ties = patterns > low[:, None], patterns == low[:, None]
-    missing = enough - jnp.sum(jnp.where(above, amounts, 0.0), axis=-1)
-    each = jnp.max(jnp.where(ties, amounts, 0.0), axis=-1)
-    num_needed = jnp.ceil(missing / jnp.maximum(each, jnp.finfo(jnp.float32).tiny))
-    ties = jax.lax.cond(
-        jnp.any(jnp.sum(ties, axis=-1) > num_needed),
-        lambda: ties & (jnp.cumsum(ties, axis=-1) <= num_needed[:, None]),
-        lambda: ties,
-    )
-    return (above | ties) & (weights > 0)
 
 
 def _draw(below, weights, uniforms):
@@ -263,15 +410,34 @@ def _draw(below, weights, uniforms):
     Two uniform numbers give rare tokens their exact share: one alone has steps of 1e-7,
     more than the probability of many tokens of a large vocabulary.
     """
-    num_rows, vocab_size = weights.shape
-    padded = jnp.pad(weights, ((0, 0), (0, -vocab_size % BLOCK_SIZE)))
-    blocks = padded.reshape(num_rows, -1, BLOCK_SIZE)
-    block_weights = jnp.sum(blocks, axis=-1)
-    block = _inverse_cdf(block_weights, uniforms[:, 0])
+    blocks = _blocks(weights)
+    block = _inverse_cdf(jnp.sum(blocks, axis=-1), uniforms[:, 0])
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     tokens = block * BLOCK_SIZE + _inverse_cdf(inside, uniforms[:, 1])
-    log_total = jnp.log(jnp.sum(block_weights, axis=-1))
-    return tokens, _take(below, tokens) - log_total
+    log_total, entropy = _moments(below, weights)
+    return tokens, _take(below, tokens) - log_total, entropy
+
+
+def _moments(below, weights):
+    """Return the log of the summed weights, and the entropy of their distribution.
+
+    With w the exponentials of `below`, or 0, and Z their sum, the entropy is
+    log Z - sum(w · below) / Z.
+    """
+    total = _sum(weights)
+    mean = _sum(jnp.where(weights > 0, weights * below, 0.0)) / total
+    return jnp.log(total), jnp.log(total) - mean
+
+
+def _sum(x):
+    """Sum over the vocabulary by blocks, which rounds less than one running sum."""
+    return jnp.sum(jnp.sum(_blocks(x), axis=-1), axis=-1)
+
+
+def _blocks(x):
+    num_rows, vocab_size = x.shape
+    padded = jnp.pad(x, ((0, 0), (0, -vocab_size % BLOCK_SIZE)))
+    return padded.reshape(num_rows, -1, BLOCK_SIZE)
 
 
 def _inverse_cdf(weights, uniforms):

@@ -100,7 +100,7 @@ def test_trainer_gives_the_logprobs_of_the_sampler(name, chunk_size):
         forbidden = early & (jnp.arange(V)[None] == 3)
     keys = jax.random.split(jax.random.key(2), R * S)
     draw = jax.jit(sampling.sample, static_argnums=2)
-    tokens, drawn, kept = draw(logits, keys, config, forbidden=forbidden)
+    tokens, drawn, _, kept = draw(logits, keys, config, forbidden=forbidden)
     # The token drawn at place p stands at place p + 1, and so does its set.
     stands = lambda x: jnp.roll(x.reshape(R, S, *x.shape[1:]), 1, axis=1)
     tokens, drawn = stands(tokens), stands(drawn)
@@ -123,7 +123,7 @@ def test_trainer_without_temperature_or_sets_has_other_ratios():
     logits = (hidden @ kernel).reshape(-1, V)
     config = SAMPLERS["temperature, top-k and top-p"]
     keys = jax.random.split(jax.random.key(2), R * S)
-    tokens, drawn, _ = sampling.sample(logits, keys, config)
+    tokens, drawn, *_ = sampling.sample(logits, keys, config)
     plain = jax.nn.log_softmax(logits)[np.arange(R * S), tokens]
     outside = np.abs(np.exp(plain - drawn) - 1) > 0.2
     assert outside.mean() > 0.5

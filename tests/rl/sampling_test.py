@@ -101,7 +101,7 @@ def test_form_and_width_of_the_recorded_sets():
 def test_kept_sets_are_those_of_the_sorted_definition(name):
     config = FILTERS[name]
     logits, forbidden = random_logits(), forbidden_eos(config)
-    _, _, kept = sample(logits, random_keys(), config, forbidden=forbidden)
+    *_, kept = sample(logits, random_keys(), config, forbidden=forbidden)
     form = sampling.kept_width(config, V)
     assert (kept is None) == (form is None)
     if kept is not None:
@@ -116,7 +116,9 @@ def test_kept_sets_are_those_of_the_sorted_definition(name):
 def test_token_is_kept_and_its_logprob_renormalised_over_the_set(name):
     config = FILTERS[name]
     logits, forbidden = random_logits(2), forbidden_eos(config)
-    tokens, logprobs, kept = sample(logits, random_keys(), config, forbidden=forbidden)
+    tokens, logprobs, _, kept = sample(
+        logits, random_keys(), config, forbidden=forbidden
+    )
     mask = kept_mask(kept)
     rows = np.arange(B)
     assert mask[rows, tokens].all()
@@ -139,7 +141,7 @@ def test_tokens_come_as_often_as_their_probability_says(name):
     forbidden = None
     if config.min_new_tokens:
         forbidden = jnp.tile(jnp.arange(vocab_size)[None] == EOS, (num_draws, 1))
-    tokens, logprobs, _ = sample(
+    tokens, logprobs, *_ = sample(
         logits, random_keys(num_draws), config, forbidden=forbidden
     )
     mask = sorted_sets(row, config, None if forbidden is None else forbidden[:1])[0]
@@ -204,14 +206,14 @@ def test_sharded_logits_give_the_tokens_of_one_device(name, spec):
 )
 def test_ties_are_kept_by_the_lower_id(config, expected):
     logits = jnp.log(jnp.array([[1.0] * 6 + [2.0]]))
-    _, _, kept = sample(logits, random_keys(1), config)
+    *_, kept = sample(logits, random_keys(1), config)
     np.testing.assert_array_equal(np.flatnonzero(kept_mask(kept, (1, 7))), expected)
 
 
 def test_large_top_k_keeps_ties_by_the_lower_id():
     # All equal: the 257 lowest ids, though none of them is more likely than the rest.
     logits = jnp.zeros((1, 300))
-    _, _, kept = sample(logits, random_keys(1), Sampling(top_k=257))
+    *_, kept = sample(logits, random_keys(1), Sampling(top_k=257))
     np.testing.assert_array_equal(kept_mask(kept, (1, 300))[0], np.arange(300) < 257)
 
 
@@ -221,14 +223,14 @@ def test_top_p_after_top_k_keeps_fewer_than_the_union_of_the_removed():
     logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
     for union, num_kept in ((False, 1), (True, 2)):
         config = Sampling(top_k=2, top_p=0.5, union=union)
-        _, _, kept = sample(logits, random_keys(1), config)
+        *_, kept = sample(logits, random_keys(1), config)
         assert kept_mask(kept, (1, 4)).sum() == num_kept
 
 
 def test_tiny_top_p_keeps_the_most_likely_token():
     logits = random_logits()
     for config in (Sampling(top_p=1e-6), Sampling(top_p=1e-6, top_k=9)):
-        tokens, logprobs, kept = sample(logits, random_keys(), config)
+        tokens, logprobs, _, kept = sample(logits, random_keys(), config)
         np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
         np.testing.assert_array_equal(kept_mask(kept).sum(-1), 1)
         np.testing.assert_array_equal(logprobs, 0)
@@ -243,7 +245,7 @@ def test_greedy_is_the_first_most_likely_token_scored_at_temperature_one():
     ):
         assert config.greedy
         assert config.temperature == 1
-        tokens, logprobs, kept = sample(logits, random_keys(2), config)
+        tokens, logprobs, _, kept = sample(logits, random_keys(2), config)
         np.testing.assert_array_equal(tokens, [1, 1])
         np.testing.assert_allclose(logprobs, np.log([1 / 2, 2 / 5]), rtol=1e-6)
         assert kept is None
@@ -254,7 +256,7 @@ def test_forbidden_token_is_never_drawn_however_likely():
     for name in ("eos forbidden", "eos forbidden, top-k", "greedy, eos forbidden"):
         config = FILTERS[name]
         forbidden = forbidden_eos(config)
-        tokens, _, kept = sample(logits, random_keys(), config, forbidden=forbidden)
+        tokens, *_, kept = sample(logits, random_keys(), config, forbidden=forbidden)
         np.testing.assert_array_equal(tokens[1::2], EOS)
         assert not np.any(tokens[::2] == EOS)
         assert not kept_mask(kept)[::2, EOS].any()
@@ -266,7 +268,7 @@ def test_steps_that_filter_nothing_record_empty_sets_of_everything(top_k):
     # the log-probability became that of a uniform choice, with no gradient.
     logits = random_logits(6, B, 2 if top_k else V)
     config = Sampling(min_new_tokens=4, top_k=top_k)
-    tokens, logprobs, kept = sample(logits, random_keys(), config)
+    tokens, logprobs, _, kept = sample(logits, random_keys(), config)
     np.testing.assert_array_equal(kept, np.zeros_like(kept))
     assert kept_mask(kept, logits.shape).all()
     expected = jax.nn.log_softmax(logits)[np.arange(B), tokens]
@@ -276,7 +278,7 @@ def test_steps_that_filter_nothing_record_empty_sets_of_everything(top_k):
 def test_bits_take_an_eighth_of_the_bytes_of_a_mask():
     logits = jax.ShapeDtypeStruct((B, 4096), jnp.float32)
     kept_of = lambda config: jax.eval_shape(
-        lambda x, keys: sampling.sample(x, keys, config)[2], logits, random_keys()
+        lambda x, keys: sampling.sample(x, keys, config).kept, logits, random_keys()
     )
     assert kept_of(FILTERS["top-p"]).size * 4 == B * 4096 // 8
     assert kept_of(FILTERS["top-k"]).size * 4 == B * 20 * 4
@@ -307,7 +309,7 @@ def test_draw_never_lands_on_a_weight_of_zero_where_rounded_sums_rise_there():
 def test_extreme_logits_are_sampled():
     logits = jnp.array([[-1e30, 88.0, -jnp.inf, 1e4], [-jnp.inf, 0, -1e38, -jnp.inf]])
     for name in ("none", "top-p"):
-        tokens, logprobs, _ = sample(logits, random_keys(2), FILTERS[name])
+        tokens, logprobs, *_ = sample(logits, random_keys(2), FILTERS[name])
         np.testing.assert_array_equal(tokens, [3, 1])
         np.testing.assert_array_equal(logprobs, 0)
 
