@@ -1,0 +1,165 @@
+"""What to launch next: a chunk of prefill or some steps of decoding, on all shards.
+
+    admit ──▶ chunk of prefill ──▶ copies of pages ──▶ launch of decoding ──▶ …
+       ▲                                                        │
+       └──────── rows that ended, known some launches late ◀────┘
+
+Shapes are static: a chunk is one of a few (rows, tokens), a launch always has all slots.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from realjax.core.arrays import Int
+from realjax.rollout.shard import Row, Shard
+
+SHORTEST_CHUNK = 32
+"""Fewest tokens of a row that a chunk has room for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Prompts to prefill: on each shard's rows its row, first token, count and pages."""
+
+    width: int
+    table: Int[np.ndarray, "B M"]
+    num_pages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """Pages to copy: from, to; -1 where there is none."""
+
+    pages: Int[np.ndarray, "C 2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Steps of decoding: row, first page and pages of every slot, and who is there."""
+
+    table: Int[np.ndarray, "B M"]
+    num_pages: int
+    rows: tuple[tuple[int, Row], ...]
+
+
+Work = Chunk | Copies | Launch
+
+
+class Scheduler:
+    """Decides what is launched; knows lengths, and no token.
+
+    Attributes:
+        shards: rows, slots and pages of each row shard.
+        num_steps: row steps that decoding launches had room for so far.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        *,
+        num_columns: int,
+        chunk_tokens: int,
+        longest_chunk: int,
+        is_refilling: bool = True,
+    ):
+        """Takes shards of equal room.
+
+        Args:
+            shards: with their rows waiting.
+            num_columns: pages of the longest row.
+            chunk_tokens: tokens of a chunk, on each shard.
+            longest_chunk: of one row.
+            is_refilling: whether a slot is given on before all are free.
+        """
+        self.shards, self.room = shards, shards[0].room
+        self.num_columns, self.is_refilling = num_columns, is_refilling
+        self.chunk_tokens, self.longest_chunk = chunk_tokens, longest_chunk
+        self.num_launches = 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to launch."""
+        return all(shard.is_done for shard in self.shards)
+
+    def work(self) -> Iterator[Work]:
+        """What to launch up to the next launch of decoding, that included."""
+        if self.is_refilling or not any(any(s.slots) for s in self.shards):
+            for shard in self.shards:
+                shard.admit()
+        while (chunk := self._chunk()) is not None:
+            yield chunk
+            copies = [shard.settle() for shard in self.shards]
+            if any(copies):
+                yield self._copies(copies)
+            # While more rows wait for their prompts than decode, prompts go first.
+            filling = sum(shard.num_filling for shard in self.shards)
+            if filling <= sum(len(shard.decoding) for shard in self.shards):
+                break
+        copies = [shard.settle() for shard in self.shards]
+        if any(copies):
+            yield self._copies(copies)
+        launch = self._launch()
+        if launch is not None:
+            yield launch
+
+    def chunk_rows(self, width: int) -> tuple[int, ...]:
+        """Rows that chunks of a width may have, on each shard."""
+        most = max(self.chunk_tokens // width, 1)
+        return (1,) if most == 1 else (1, most)
+
+    def chunk_widths(self) -> list[int]:
+        """Tokens of a row that chunks have room for: powers of two."""
+        widths = [SHORTEST_CHUNK]
+        while widths[-1] < min(self.longest_chunk, self.chunk_tokens):
+            widths.append(2 * widths[-1])
+        return widths
+
+    def _chunk(self) -> Chunk | None:
+        pending = [shard.pending() for shard in self.shards]
+        if not any(pending):
+            return None
+        longest = max(tokens[0] for tokens in pending if tokens)
+        widths = self.chunk_widths()
+        width = next((w for w in widths if w >= longest), widths[-1])
+        wanted = max(len(tokens) for tokens in pending)
+        rows = next((r for r in self.chunk_rows(width) if r >= wanted), None)
+        rows = rows or self.chunk_rows(width)[-1]
+        table = np.full(
+            (len(self.shards), rows, 3 + self.num_columns), -1, dtype=np.int32
+        )
+        table[:, :, 1:3] = 0
+        num_pages = 0
+        for shard, lines in zip(self.shards, table, strict=True):
+            for line, segment in zip(lines, shard.take_segments(width, rows)):
+                line[:3] = segment.row, segment.start, segment.count
+                line[3 : 3 + len(segment.pages)] = segment.pages
+                end = self.room.pages_of(segment.start + segment.count)
+                num_pages = max(num_pages, end)
+        return Chunk(width, table.reshape(-1, table.shape[-1]), num_pages)
+
+    def _copies(self, copies: list[list[tuple[int, int]]]) -> Copies:
+        pages = np.full((len(self.shards), self.room.num_slots, 2), -1, np.int32)
+        for lines, pairs in zip(pages, copies, strict=True):
+            if pairs:
+                lines[: len(pairs)] = pairs
+        return Copies(pages.reshape(-1, 2))
+
+    def _launch(self) -> Launch | None:
+        for shard in self.shards:
+            shard.grow()
+        if not any(shard.decoding for shard in self.shards):
+            return None
+        tables = [shard.table(self.num_columns) for shard in self.shards]
+        rows = tuple(
+            (index * self.room.num_slots + row.slot, row)
+            for index, shard in enumerate(self.shards)
+            for row in shard.decoding
+        )
+        num_pages = max(len(row.pages) for _, row in rows)
+        launch = Launch(np.concatenate(tables), num_pages, rows)
+        for shard in self.shards:
+            shard.advance()
+        self.num_launches += 1
+        return launch
