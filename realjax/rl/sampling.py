@@ -12,6 +12,7 @@ nothing is filtered. An empty set is the whole vocabulary.
 import dataclasses
 import math
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -66,9 +67,9 @@ class Sampling:
     presence_penalty: float = 0.0
     """Subtracted from the logits of tokens in the completion so far, as in OpenAI's
     API; 0 changes nothing."""
-    bad_words: tuple[tuple[int, ...], ...] = ()
+    bad_words: Sequence[Sequence[int]] = ()
     """Ids of words that are never completed: the last id of one is forbidden after its
-    others, a single id always."""
+    others, a single id always. Kept as tuples."""
     min_new_tokens: int = 0
     """End-of-sequence tokens are forbidden before as many."""
     max_new_tokens: int = 256

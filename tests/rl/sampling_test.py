@@ -10,9 +10,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from realjax.rl import sampling
-from realjax.rl.sampling import Sampling
+from realjax.rl.sampling import History, Sampling
+from tests.rl.exact_sampling import entropies, probabilities
 
-B, V = 48, 331  # Not a multiple of the words and blocks the code works in.
+B, V = 64, 331  # Not a multiple of the words and blocks the code works in.
 EOS = 7
 
 FILTERS = {
@@ -24,14 +25,48 @@ FILTERS = {
     "small top-p": Sampling(temperature=1.3, top_p=0.05),
     "large top-k": Sampling(top_k=300),
     "large top-k and top-p": Sampling(top_k=300, top_p=0.8),
+    "min-p": Sampling(min_p=0.05),
+    "min-p of a smaller temperature": Sampling(temperature=0.5, min_p=0.02),
+    "top-k and min-p": Sampling(top_k=20, min_p=0.1),
+    "top-p and min-p": Sampling(top_p=0.9, min_p=0.1),
     "union": Sampling(top_k=20, top_p=0.6, union=True),
     "large union": Sampling(top_k=300, top_p=0.6, union=True),
     "eos forbidden": Sampling(min_new_tokens=4),
     "eos forbidden, top-k": Sampling(min_new_tokens=4, top_k=5),
     "eos forbidden, top-p": Sampling(min_new_tokens=4, top_p=0.9),
-    "greedy": Sampling(greedy=True, top_k=20, top_p=0.5),
+    "bad words": Sampling(bad_words=((EOS,),)),
+    "bad words, top-k": Sampling(bad_words=((EOS,),), top_k=5),
+    "repetition": Sampling(repetition_penalty=1.8),
+    "presence": Sampling(presence_penalty=1.5, temperature=0.8),
+    "penalties, top-k": Sampling(
+        repetition_penalty=1.2, presence_penalty=-0.5, top_k=20, top_p=0.9
+    ),
+    "everything": Sampling(
+        temperature=0.8,
+        top_k=300,
+        top_p=0.95,
+        min_p=0.01,
+        repetition_penalty=1.3,
+        presence_penalty=0.4,
+        bad_words=((EOS,),),
+        min_new_tokens=4,
+    ),
+    "greedy": Sampling(greedy=True, top_k=20, top_p=0.5, min_p=0.5),
+    "greedy, penalties": Sampling(
+        greedy=True, repetition_penalty=1.4, presence_penalty=0.3
+    ),
     "greedy, eos forbidden": Sampling(temperature=0, min_new_tokens=4),
 }
+
+SLOW = {
+    *("hot", "small top-p", "large top-k", "large union", "repetition", "presence"),
+    *("min-p of a smaller temperature", "top-p and min-p", "bad words, top-k"),
+    *("eos forbidden, top-k", "eos forbidden, top-p", "greedy, eos forbidden"),
+}
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in FILTERS
+]
 
 sample = jax.jit(sampling.sample, static_argnums=2)
 
@@ -44,34 +79,20 @@ def random_keys(num_rows: int = B, seed: int = 1):
     return jax.random.split(jax.random.key(seed), num_rows)
 
 
-def forbidden_eos(config: Sampling):
-    """Forbid one token in every other row, where the config may forbid any."""
-    if config.min_new_tokens == 0:
-        return None
-    forbidden = np.zeros((B, V), bool)
-    forbidden[::2, EOS] = True
-    return jnp.asarray(forbidden)
-
-
-def sorted_sets(logits, config: Sampling, forbidden=None):
-    """Return which tokens are kept, by sorting in float64 as the definition says."""
-    logits = np.float64(logits) / config.temperature
-    if forbidden is not None:
-        logits[np.asarray(forbidden)] = -np.inf
-    masks = []
-    for row in logits:
-        kept = np.isfinite(row)
-        probability = np.exp(row - row.max()) / np.sum(np.exp(row - row.max()))
-        order = np.argsort(-probability, kind="stable")
-        if not config.greedy:
-            if config.top_k:
-                kept[order[config.top_k :]] = False
-            mass = probability if config.union else probability * kept
-            mass = mass / mass.sum()
-            before = np.cumsum(mass[order]) - mass[order]
-            kept[order[before >= config.top_p]] = False
-        masks.append(kept)
-    return np.array(masks)
+def restrictions(config: Sampling) -> dict:
+    """Forbid one token in every other row, and make a history, where a config may."""
+    found = {}
+    if config.min_new_tokens or config.bad_words:
+        forbidden = np.zeros((B, V), bool)
+        forbidden[::2, EOS] = True
+        found["forbidden"] = jnp.asarray(forbidden)
+    if config.needs_history:
+        in_completion = np.random.default_rng(0).random((B, V)) < 0.2
+        in_prompt = np.random.default_rng(1).random((B, V)) < 0.2
+        found["history"] = History(
+            jnp.asarray(in_prompt | in_completion), jnp.asarray(in_completion)
+        )
+    return found
 
 
 def kept_mask(kept, shape=(B, V)):
@@ -92,84 +113,91 @@ def test_form_and_width_of_the_recorded_sets():
     assert width(top_k=257) == ("bits", 11)  # 11 · 32 = 352
     assert width(top_p=0.9) == ("bits", 11)
     assert width(min_new_tokens=1) == ("bits", 11)
-    assert width(greedy=True, top_k=20, top_p=0.5) is None
+    assert width(min_p=0.1) == ("bits", 11)
+    assert width(min_p=0.1, top_k=20) == ("ids", 20)
+    assert width(bad_words=((1, 2),)) == ("bits", 11)
+    assert width(bad_words=((1, 2),), top_k=20) == ("ids", 20)
+    assert width(repetition_penalty=1.5, presence_penalty=0.5) is None
+    assert width(greedy=True, top_k=20, top_p=0.5, min_p=0.5) is None
     assert width(greedy=True, top_k=20, min_new_tokens=1) == ("bits", 11)
+    assert width(greedy=True, bad_words=((1,),)) == ("bits", 11)
     assert width(vocab_size=320, top_p=0.9) == ("bits", 10)
 
 
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_kept_sets_are_those_of_the_sorted_definition(name):
-    config = FILTERS[name]
-    logits, forbidden = random_logits(), forbidden_eos(config)
-    *_, kept = sample(logits, random_keys(), config, forbidden=forbidden)
+    config, logits = FILTERS[name], random_logits()
+    more = restrictions(config)
+    kept = sample(logits, random_keys(), config, **more).kept
     form = sampling.kept_width(config, V)
     assert (kept is None) == (form is None)
     if kept is not None:
         expected_type = jnp.int32 if form[0] == "ids" else jnp.uint32
         assert (kept.shape, kept.dtype) == ((B, form[1]), expected_type)
-    np.testing.assert_array_equal(
-        kept_mask(kept), sorted_sets(logits, config, forbidden)
-    )
+    expected = probabilities(logits, config, **more) > 0
+    np.testing.assert_array_equal(kept_mask(kept), expected)
 
 
-@pytest.mark.parametrize("name", FILTERS)
-def test_token_is_kept_and_its_logprob_renormalised_over_the_set(name):
-    config = FILTERS[name]
-    logits, forbidden = random_logits(2), forbidden_eos(config)
-    tokens, logprobs, _, kept = sample(
-        logits, random_keys(), config, forbidden=forbidden
-    )
-    mask = kept_mask(kept)
-    rows = np.arange(B)
-    assert mask[rows, tokens].all()
-    scaled = np.float64(logits) / config.temperature
-    total = np.log(np.sum(np.exp(scaled) * mask, axis=-1))
-    np.testing.assert_allclose(logprobs, scaled[rows, tokens] - total, atol=1e-5)
-    found = sampling.normalizer(logits / config.temperature, kept)
-    np.testing.assert_allclose(found, total, rtol=1e-5)
+@pytest.mark.parametrize("name", NAMES)
+def test_logprob_and_entropy_are_those_of_the_exact_distribution(name):
+    config, logits = FILTERS[name], random_logits(2)
+    more = restrictions(config)
+    draw = sample(logits, random_keys(), config, **more)
+    p = probabilities(logits, config, **more)
+    exact = np.log(p[np.arange(B), draw.tokens])
+    np.testing.assert_allclose(draw.logprobs, exact, atol=1e-5)
+    np.testing.assert_allclose(draw.entropy, entropies(p), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_temperature_and_kept_set_give_the_logprob_again_or_a_penalty_is_there(name):
+    config, logits = FILTERS[name], random_logits(2)
+    draw = sample(logits, random_keys(), config, **restrictions(config))
+    scaled = logits / config.temperature
+    again = scaled[np.arange(B), draw.tokens] - sampling.normalizer(scaled, draw.kept)
+    is_equal = bool(np.max(np.abs(again - draw.logprobs)) <= 1e-5)
+    assert config.is_recomputable is is_equal
+    assert config.is_recomputable is not config.needs_history
 
 
 @pytest.mark.parametrize(
-    "name", ["none", "top-k and top-p", "top-p", "eos forbidden", "union"]
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=() if name in ("top-k and top-p", "everything") else pytest.mark.slow,
+        )
+        for name in FILTERS
+    ],
 )
-def test_tokens_come_as_often_as_their_probability_says(name):
-    # 40000 draws from one row. The squared deviations over the expected counts have
-    # mean V and variance 2 V: 5 deviations are one false alarm in a million.
-    config, num_draws, vocab_size = FILTERS[name], 40_000, 150
-    row = random_logits(3, 1, vocab_size)
-    logits = jnp.tile(row, (num_draws, 1))
-    forbidden = None
-    if config.min_new_tokens:
-        forbidden = jnp.tile(jnp.arange(vocab_size)[None] == EOS, (num_draws, 1))
-    tokens, logprobs, *_ = sample(
-        logits, random_keys(num_draws), config, forbidden=forbidden
-    )
-    mask = sorted_sets(row, config, None if forbidden is None else forbidden[:1])[0]
-    weights = np.exp(np.float64(row[0]) / config.temperature) * mask
-    expected = num_draws * weights[mask] / weights.sum()
-    counts = np.bincount(tokens, minlength=vocab_size)
-    assert counts[~mask].sum() == 0
-    deviation = np.sum((counts[mask] - expected) ** 2 / expected)
-    assert deviation < mask.sum() + 5 * np.sqrt(2 * mask.sum())
-    # The log-probabilities average to minus the entropy.
-    p = expected / num_draws
-    np.testing.assert_allclose(np.mean(logprobs), np.sum(p * np.log(p)), atol=0.02)
+def test_row_alone_is_the_row_among_7_and_among_64(name):
+    config, keys = FILTERS[name], random_keys()
+    more = restrictions(config)
+    draws = []
+    for rows in (slice(30, 31), slice(28, 35), slice(0, 64)):
+        logits, some_keys, some = jax.tree.map(
+            lambda x, rows=rows: x[rows], (random_logits(4), keys, more)
+        )
+        draw = sample(logits, some_keys, config, **some)
+        draws.append(jax.tree.map(lambda x, rows=rows: x[30 - rows.start], draw))
+    alone, *others = draws
+    for other in others:
+        assert alone.tokens == other.tokens
+        np.testing.assert_allclose(alone.logprobs, other.logprobs, atol=1e-6)
+        np.testing.assert_allclose(alone.entropy, other.entropy, atol=1e-6)
+        if alone.kept is not None:
+            np.testing.assert_array_equal(alone.kept, other.kept)
 
 
-@pytest.mark.parametrize("name", ["none", "top-k and top-p", "top-p"])
-def test_row_depends_on_its_own_logits_and_key_only(name):
-    config, logits, keys = FILTERS[name], random_logits(4), random_keys()
-    whole = sample(logits, keys, config)
+def test_rows_in_another_order_give_the_same_draws_in_that_order():
+    config, logits, keys = FILTERS["everything"], random_logits(4), random_keys()
+    more = restrictions(config)
     order = np.random.default_rng(0).permutation(B)
-    shuffled = sample(logits[order], keys[order], config)
-    one_by_one = jax.jit(
-        jax.vmap(lambda x, key: sampling.sample(x[None], key[None], config))
-    )(logits, keys)
-    for a, b, c in zip(
-        *map(jax.tree.leaves, (whole, shuffled, one_by_one)), strict=True
-    ):
+    whole = sample(logits, keys, config, **more)
+    inputs = jax.tree.map(lambda x: x[order], (logits, keys, more))
+    shuffled = sample(*inputs[:2], config, **inputs[2])
+    for a, b in zip(*map(jax.tree.leaves, (whole, shuffled)), strict=True):
         np.testing.assert_allclose(b, a[order], rtol=1e-6)
-        np.testing.assert_allclose(c[:, 0], a, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -253,13 +281,46 @@ def test_greedy_is_the_first_most_likely_token_scored_at_temperature_one():
 
 def test_forbidden_token_is_never_drawn_however_likely():
     logits = random_logits().at[:, EOS].set(20.0)
-    for name in ("eos forbidden", "eos forbidden, top-k", "greedy, eos forbidden"):
+    for name in (
+        "eos forbidden",
+        "eos forbidden, top-k",
+        "bad words",
+        "bad words, top-k",
+        "greedy, eos forbidden",
+    ):
         config = FILTERS[name]
-        forbidden = forbidden_eos(config)
-        tokens, *_, kept = sample(logits, random_keys(), config, forbidden=forbidden)
-        np.testing.assert_array_equal(tokens[1::2], EOS)
-        assert not np.any(tokens[::2] == EOS)
-        assert not kept_mask(kept)[::2, EOS].any()
+        draw = sample(logits, random_keys(), config, **restrictions(config))
+        np.testing.assert_array_equal(draw.tokens[1::2], EOS)
+        assert not np.any(draw.tokens[::2] == EOS)
+        assert not kept_mask(draw.kept)[::2, EOS].any()
+
+
+def test_entropy_of_equal_probabilities_is_the_log_of_their_number():
+    for config, num_kept in (
+        (Sampling(), 300),
+        (Sampling(top_k=8), 8),
+        (Sampling(top_p=0.5), 150),
+        (Sampling(top_p=0.5, greedy=True), 300),
+    ):
+        draw = sample(jnp.zeros((1, 300)), random_keys(1), config)
+        np.testing.assert_allclose(draw.entropy, [np.log(num_kept)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Sampling(temperature=0.7, top_k=200, top_p=0.9, min_p=0.01),
+        pytest.param(Sampling(top_k=50), marks=pytest.mark.slow),
+        pytest.param(Sampling(top_p=0.9), marks=pytest.mark.slow),
+    ],
+)
+def test_a_large_vocabulary_is_cut_as_a_small_one(config):
+    logits = random_logits(7, 3, 40_000)  # Where `most_likely` looks at blocks.
+    draw = sample(logits, random_keys(3), config)
+    p = probabilities(logits, config)
+    np.testing.assert_array_equal(kept_mask(draw.kept, logits.shape), p > 0)
+    exact = np.log(p[np.arange(3), draw.tokens])
+    np.testing.assert_allclose(draw.logprobs, exact, atol=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [0, 2])
@@ -312,32 +373,6 @@ def test_extreme_logits_are_sampled():
         tokens, logprobs, *_ = sample(logits, random_keys(2), FILTERS[name])
         np.testing.assert_array_equal(tokens, [3, 1])
         np.testing.assert_array_equal(logprobs, 0)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 0.0}, r"top_p is 0\.0; it must be in \(0, 1\]"),
-        ({"top_p": 1.5}, r"top_p is 1\.5"),
-        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9"),
-        ({"max_new_tokens": 0}, "nothing to sample"),
-    ],
-)
-def test_impossible_settings_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        Sampling(**fields)
-
-
-def test_forbidding_without_a_recorded_set_is_refused():
-    with pytest.raises(ValueError, match="set min_new_tokens"):
-        sampling.sample(
-            random_logits(),
-            random_keys(),
-            Sampling(),
-            forbidden=jnp.zeros((B, V), bool),
-        )
 
 
 def test_sampling_compiles_once_for_one_shape():
