@@ -69,8 +69,8 @@ def paged_attention(
 
     Args:
         query: of the new tokens; their keys and values are in the pages already.
-        keys: pages of all layers, of any type that the query's type holds exactly, or
-            that float32 queries do.
+        keys: pages of all layers. They are made the query's type once read; of uint8
+            they are the bits of float8_e4m3fn.
         values: as the keys.
         key_scales: of each token and head: a key is what is stored times its scale.
             None where keys are stored as they are.

@@ -1,9 +1,10 @@
 """Attention to pages in XLA: the pages of each row are gathered, then attended to.
 
-    pages [L, P, N, S, K]  seen as  [L x P x N, S, K]: a page of one head is one piece
-    gathered  [B, N, M, S, K]  seen as  [B, N, M x S, K]: as a dense cache lies
+    pages [L, P, N, S, K]  ->  [B, N, M, S, K]  =  [B, N, M x S, K]
 
-So nothing is transposed, neither the pool nor what is gathered from it. Gathering costs
+S x K numbers, one head of one page, move at a time, and lie then as in a dense cache.
+
+Nothing is transposed, neither the pool nor what is gathered from it. Gathering costs
 most of the time, so only the columns of the table that are in use take part: one of a
 few widths, chosen when the program runs.
 """
@@ -30,7 +31,8 @@ _FEWEST_COLUMNS = 4
 class Pages(NamedTuple):
     """Keys and values of all layers, as they lie in memory.
 
-    With scales, a key is what is stored times the scale of its token and head.
+    With scales, a key is what is stored times the scale of its token and head. Of
+    uint8, what is stored are the bits of float8_e4m3fn.
     """
 
     keys: Shaped[Array, "L P N S K"]
@@ -98,16 +100,17 @@ def _gather(
     pages: Pages, rows: Rows, layer: Array, width: int, dtype: jnp.dtype
 ) -> _Gathered:
     """Read the pages in the first columns of the table."""
-    _, num_pages, num_heads, page_size, _ = pages.keys.shape
+    num_heads, page_size = pages.keys.shape[2:4]
     table = rows.table[:, :width]
     # Where there is no page, page 0 is read and not seen.
-    page_BM = layer * num_pages + jnp.maximum(table, 0)
-    piece_BNM = page_BM[:, None] * num_heads + jnp.arange(num_heads)[None, :, None]
+    page_B1M = jnp.maximum(table, 0)[:, None]
+    head_1N1 = jnp.arange(num_heads, dtype=jnp.int32)[None, :, None]
 
     def read(stack: Array) -> Array:
-        pieces = stack.reshape(-1, *stack.shape[3:])
-        found = jnp.take(pieces, piece_BNM, axis=0, mode="clip")
-        return found.reshape(*piece_BNM.shape[:2], width * page_size, *stack.shape[4:])
+        found = stack.at[layer, page_B1M, head_1N1].get(mode="clip")
+        if stack.dtype == jnp.uint8:
+            found = jax.lax.bitcast_convert_type(found, jnp.float8_e4m3fn)
+        return found.reshape(len(table), num_heads, -1, *stack.shape[4:])
 
     columns = rows.first_page[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
     slots = jnp.arange(page_size, dtype=jnp.int32)[None, None]
@@ -134,7 +137,11 @@ def _in_blocks(
     """Attend from all queries at once, or from some at a time if scores are many."""
     batch, num_queries, num_heads, _ = query.shape
     positions = rows.start[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None]
-    attend = lambda block: _attend(*block, seen, rows.window, scale, soft_cap)
+
+    def attend(block: tuple[Array, Array]) -> Array:
+        queries, places = block
+        return _attend(queries, places, seen, rows.window, scale, soft_cap)
+
     scores_of_one = batch * num_heads * seen.keys.shape[2]
     num_blocks = min(-(-num_queries * scores_of_one // MOST_SCORES), num_queries)
     if num_blocks == 1:

@@ -13,6 +13,8 @@ tensor. Ids of pages count within the part of their row, so that everything here
 done without a word between devices.
 
 A pool of 8 bits keeps one scale for each token and head: x is scale x what is stored.
+Floats of 8 bits are stored as their bits, uint8: to write some of an array of such
+floats, XLA for the CPU would make a larger type of all of it, and back.
 """
 
 from typing import NamedTuple
@@ -30,7 +32,7 @@ DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 """Types of a pool; those of 8 bits have scales."""
 
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
-_SCALE_DTYPE = jnp.float32
+_SCALE_DTYPE = jnp.dtype(jnp.float32)
 
 
 class Pool(NamedTuple):
@@ -75,8 +77,9 @@ def empty(
     dtype = _checked(dtype)
     heads = partition.num_kv_heads(config.num_kv_heads)
     shape = (config.num_layers, num_pages, heads, page_size)
+    stored = jnp.uint8 if dtype == jnp.float8_e4m3fn else dtype
     stack = lambda: partition.constrain(
-        jnp.zeros((*shape, config.head_dim), dtype), PAGES
+        jnp.zeros((*shape, config.head_dim), stored), PAGES
     )
     if dtype.name not in _LARGEST:
         return Pool(stack(), stack())
@@ -94,7 +97,7 @@ def page_bytes(
     dtype = _checked(dtype)
     of_head = config.head_dim * dtype.itemsize
     if dtype.name in _LARGEST:
-        of_head += jnp.dtype(_SCALE_DTYPE).itemsize
+        of_head += _SCALE_DTYPE.itemsize
     heads = partition.num_kv_heads(config.num_kv_heads)
     return 2 * config.num_layers * heads * page_size * of_head
 
@@ -132,7 +135,7 @@ def write(
         key: of each token.
         value: of each token.
     """
-    num_layers, num_pages, _, page_size, _ = pool.keys.shape
+    _, num_pages, _, page_size, _ = pool.keys.shape
     num_tokens, num_columns = key.shape[1], table.shape[1]
     token = jnp.arange(num_tokens, dtype=jnp.int32)[None]
     position = start[:, None] + token
@@ -142,16 +145,16 @@ def write(
     is_kept &= (column >= 0) & (column < num_columns)
     # No two tokens have the same place, those that are dropped included, so that none
     # waits for another.
-    nowhere = num_layers * num_pages + jnp.arange(page.size, dtype=jnp.int32)
-    page = jnp.where(is_kept, layer * num_pages + page, nowhere.reshape(page.shape))
+    nowhere = num_pages + jnp.arange(page.size, dtype=jnp.int32)
+    page = jnp.where(is_kept, page, nowhere.reshape(page.shape))
     slot = position % page_size
 
     def put(stack: Array, new: Array) -> Array:
-        pages = stack.reshape(num_layers * num_pages, *stack.shape[2:])
-        pages = pages.at[page, :, slot].set(
-            new.astype(stack.dtype), mode="drop", unique_indices=True
-        )
-        return pages.reshape(stack.shape)
+        # Not seen as [L x P, …]: the compiler may then want the heads elsewhere in
+        # memory, and copy the pool twice in every layer.
+        places = stack.at[layer, page, :, slot]
+        new = new.astype(stack.dtype)
+        return places.set(new, mode="drop", unique_indices=True)
 
     if pool.key_scales is None or pool.value_scales is None:
         return Pool(put(pool.keys, key), put(pool.values, value))
@@ -208,13 +211,13 @@ def _checked(dtype: DTypeLike) -> jnp.dtype:
 
 
 def _quantized(
-    x: Float[Array, "B T N K"], dtype: jnp.dtype
+    x: Float[Array, "B T N K"], stored: jnp.dtype
 ) -> tuple[Array, Float[Array, "B T N"]]:
     """Return x / scale in 8 bits, and the scale, max |x| / the largest number."""
-    largest = _LARGEST[dtype.name]
+    dtype = jnp.dtype(jnp.float8_e4m3fn if stored == jnp.uint8 else stored)
     x = x.astype(jnp.float32)
-    scales = (jnp.abs(x).max(axis=-1) / largest).astype(_SCALE_DTYPE)
+    scales = jnp.abs(x).max(axis=-1) / _LARGEST[dtype.name]
     scaled = x / jnp.where(scales > 0, scales, 1.0)[..., None]
     if dtype == jnp.int8:
-        scaled = jnp.round(scaled)
-    return scaled.astype(dtype), scales
+        return jnp.round(scaled).astype(dtype), scales
+    return jax.lax.bitcast_convert_type(scaled.astype(dtype), stored), scales

@@ -1,0 +1,290 @@
+"""Attention to pages: what is seen, and that it equals attention without pages."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.attention import cached_attention
+from pallas_kernels.paged_attention import api, reference
+
+STATIC = ("window", "soft_cap", "scale", "implementation")
+paged_attention = jax.jit(api.paged_attention, static_argnames=STATIC)
+
+LAYERS, PAGES, PAGE_SIZE, HEAD_DIM = 2, 60, 4, 6
+UNUSED = 1e6  # In slots that nobody may see.
+
+
+class Sequences:
+    """Sequences as arrays of their own, and in shuffled pages of one layer.
+
+    Row b has positions 0 to ends[b]; those of its first pages are in no page any more.
+    """
+
+    def __init__(self, ends, first_page, *, kv_heads=2, num_columns=9, seed=0):
+        rng = np.random.default_rng(seed)
+        self.first_page = np.asarray(first_page, np.int32)
+        shape = (LAYERS, PAGES, kv_heads, PAGE_SIZE, HEAD_DIM)
+        self.keys = np.full(shape, UNUSED, np.float32)
+        self.values = np.full(shape, UNUSED, np.float32)
+        self.table = np.full((len(ends), num_columns), -1, np.int32)
+        self.layer = 1
+        free = list(rng.permutation(PAGES))
+        self.rows = []
+        for row, end in enumerate(ends):
+            key, value = rng.normal(size=(2, end, kv_heads, HEAD_DIM))
+            self.rows.append((key, value))
+            for position in range(self.first_page[row] * PAGE_SIZE, end):
+                column = position // PAGE_SIZE - self.first_page[row]
+                if self.table[row, column] < 0:
+                    self.table[row, column] = free.pop()
+                place = self.layer, self.table[row, column], slice(None)
+                self.keys[*place, position % PAGE_SIZE] = key[position]
+                self.values[*place, position % PAGE_SIZE] = value[position]
+
+    @property
+    def num_pages(self):
+        return (self.table >= 0).sum(axis=1).max()
+
+    def attend(self, query, start, *, num_pages=None, function=None, **options):
+        return (function or paged_attention)(
+            jnp.asarray(query),
+            jnp.asarray(self.keys),
+            jnp.asarray(self.values),
+            layer=jnp.int32(self.layer),
+            table=jnp.asarray(self.table),
+            first_page=jnp.asarray(self.first_page),
+            start=jnp.asarray(start, jnp.int32),
+            num_pages=jnp.int32(self.num_pages if num_pages is None else num_pages),
+            **options,
+        )
+
+    def sees(self, row, own, position, window=None):
+        """Whether the query at position `own` sees one, by the definition."""
+        column = position // PAGE_SIZE - self.first_page[row]
+        if not 0 <= column < self.table.shape[1] or self.table[row, column] < 0:
+            return False
+        return position <= own and (window is None or own - position < window)
+
+    def plain(self, query, start, *, window=None, soft_cap=None, scale=None):
+        """The definition, one query and head at a time in float64."""
+        query = np.asarray(query, np.float64)
+        num_heads = query.shape[2]
+        out = np.full(query.shape, np.nan)
+        for row, token, head in np.ndindex(*query.shape[:3]):
+            key, value = self.rows[row]
+            own = start[row] + token
+            seen = [p for p in range(len(key)) if self.sees(row, own, p, window)]
+            if not seen:
+                continue
+            kv_head = head // (num_heads // key.shape[1])
+            scores = key[seen, kv_head] @ query[row, token, head]
+            scores = scores * (HEAD_DIM**-0.5 if scale is None else scale)
+            if soft_cap is not None:
+                scores = soft_cap * np.tanh(scores / soft_cap)
+            weights = np.exp(scores - scores.max())
+            out[row, token, head] = weights / weights.sum() @ value[seen, kv_head]
+        return out
+
+
+def draw_query(batch, num_tokens, heads=4, seed=9):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(batch, num_tokens, heads, HEAD_DIM)).astype(np.float32)
+
+
+def assert_equal_where_seen(found, expected, atol=2e-6):
+    assert np.isfinite(found).all()
+    is_seen = np.isfinite(expected)
+    assert is_seen.any()
+    np.testing.assert_allclose(
+        np.asarray(found)[is_seen], expected[is_seen], atol=atol, rtol=0
+    )
+
+
+# Ends of the rows, pages that each has left behind, and tokens given.
+STEP = {"ends": [30, 7, 1, 36], "first_page": [0, 0, 0, 0], "num_tokens": 1}
+CHUNK = {"ends": [30, 7, 12, 36], "first_page": [0, 0, 0, 0], "num_tokens": 6}
+MOVED = {"ends": [50, 7, 41, 36], "first_page": [6, 0, 3, 8], "num_tokens": 3}
+
+
+@pytest.mark.parametrize("rows", [STEP, CHUNK, MOVED])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 5}, {"window": 9, "soft_cap": 0.5}, {"scale": 0.7}],
+    ids=["plain", "window", "soft cap", "scale"],
+)
+def test_attention_to_pages_is_the_definition(rows, options):
+    sequences = Sequences(rows["ends"], rows["first_page"])
+    query = draw_query(4, rows["num_tokens"])
+    # The last token of each row is its query's last.
+    start = np.asarray(rows["ends"]) - rows["num_tokens"]
+    found = sequences.attend(query, start, **options)
+    assert_equal_where_seen(found, sequences.plain(query, start, **options))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_query_heads_read_the_key_heads_of_their_group(kv_heads):
+    sequences = Sequences([9, 14], [0, 1], kv_heads=kv_heads)
+    query, start = draw_query(2, 2), np.array([7, 12])
+    found = sequences.attend(query, start)
+    assert_equal_where_seen(found, sequences.plain(query, start))
+
+
+def test_traced_windows_and_scales_are_as_known_ones():
+    sequences, query = Sequences([9, 14], [0, 1]), draw_query(2, 2)
+    known = sequences.attend(query, [7, 12], window=5, scale=0.3)
+    traced = sequences.attend(
+        query,
+        [7, 12],
+        window=jnp.int32(5),
+        scale=jnp.float32(0.3),
+        function=jax.jit(api.paged_attention),
+    )
+    np.testing.assert_array_equal(traced, known)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_pages_say_what_a_dense_cache_says(num_tokens):
+    ends, num_slots = np.array([30, 7, 12, 36]), 36
+    sequences, query = Sequences(ends, [0] * 4), draw_query(4, num_tokens)
+    # Right-aligned, as the dense cache has them.
+    dense = np.zeros((2, 4, 2, num_slots, HEAD_DIM), np.float32)
+    for row, pair in enumerate(sequences.rows):
+        dense[:, row, :, num_slots - ends[row] :] = np.swapaxes(pair, 1, 2)
+    options = {"window": 11, "soft_cap": 2.0}
+    expected = cached_attention(
+        jnp.asarray(query),
+        *jnp.asarray(dense),
+        start=jnp.int32(num_slots - num_tokens),
+        first_slot=jnp.asarray(num_slots - ends, jnp.int32),
+        **options,
+    )
+    found = sequences.attend(query, ends - num_tokens, **options)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_pages_that_are_not_in_the_table_are_not_seen():
+    sequences, query = Sequences([30, 22], [0, 1]), draw_query(2, 2)
+    sequences.table[0, 2:4] = -1
+    sequences.table[1, 0] = -1
+    start = np.array([28, 20])
+    assert not sequences.sees(0, 28, 9)
+    expected = sequences.plain(query, start)
+    assert_equal_where_seen(sequences.attend(query, start), expected)
+
+
+def test_what_sees_nothing_is_finite():
+    sequences, query = Sequences([30, 22], [0, 1]), draw_query(2, 2)
+    sequences.table[1] = -1
+    found = sequences.attend(query, [28, 20])
+    assert np.isfinite(found).all()
+    # A window that ends before the first page.
+    far = sequences.attend(query, [28, 500], window=3)
+    assert np.isfinite(far).all()
+
+
+def test_columns_after_those_in_use_are_not_read():
+    sequences, query = Sequences([14, 9], [0, 0], num_columns=64), draw_query(2, 1)
+    expected = sequences.plain(query, [13, 8])
+    # Not even out of sight may a NaN be read: 0 x NaN is NaN.
+    (nobody,) = set(range(PAGES)) - set(range(PAGES - 1)) - set(sequences.table.flat)
+    sequences.keys[:, nobody] = sequences.values[:, nobody] = np.nan
+    sequences.table[:, 4:] = nobody
+    assert_equal_where_seen(sequences.attend(query, [13, 8], num_pages=4), expected)
+    assert np.isnan(sequences.attend(query, [13, 8], num_pages=5)).all()
+
+
+def test_tables_are_read_up_to_a_few_widths():
+    assert reference._widths(64) == (4, 8, 16, 24, 32, 40, 48, 56, 64)
+    assert reference._widths(30) == (4, 8, 12, 16, 20, 24, 28, 30)
+    assert reference._widths(3) == (3,)
+    for num_columns in range(1, 300):
+        widths = reference._widths(num_columns)
+        assert widths[-1] == num_columns
+        assert len(widths) <= 8 + num_columns.bit_length()
+
+
+def test_any_number_of_pages_in_use_gives_the_same():
+    sequences, query = Sequences([70, 9], [0, 0], num_columns=20), draw_query(2, 1)
+    expected = sequences.plain(query, [69, 8])
+    for num_pages in (18, 19, 20, 21, 1000):
+        found = sequences.attend(query, [69, 8], num_pages=num_pages)
+        assert_equal_where_seen(found, expected)
+
+
+def test_many_scores_are_computed_some_queries_at_a_time(monkeypatch):
+    sequences, query = Sequences([30, 7, 36], [0, 0, 0]), draw_query(3, 7)
+    start = np.array([23, 0, 29])
+
+    def attend(query):
+        return sequences.attend(query, start, function=api.paged_attention)
+
+    def program():
+        # Of a function of its own: programs are remembered by function.
+        return str(jax.make_jaxpr(lambda query: attend(query))(query))
+
+    # All columns are in use: 3 rows, 2 x 2 heads, 36 slots. Two queries fit.
+    at_once, some = "f32[3,2,2,7,36]", "f32[3,2,2,2,36]"
+    assert at_once in program()
+    monkeypatch.setattr(reference, "MOST_SCORES", 2 * 3 * 4 * 36)
+    assert at_once not in program()
+    assert some in program()
+    assert_equal_where_seen(jax.jit(attend)(query), sequences.plain(query, start))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_pages_of_eight_bits_are_times_their_scales(dtype):
+    sequences, query = Sequences([30, 7], [2, 0]), draw_query(2, 3)
+    start, rng, stored, scales = np.array([27, 4]), np.random.default_rng(4), [], []
+    for stack in (sequences.keys, sequences.values):
+        scale = rng.uniform(0.01, 0.03, size=stack.shape[:-1]).astype(np.float32)
+        small = jnp.asarray(np.clip(stack / scale[..., None], -127, 127)).astype(dtype)
+        scales.append(jnp.asarray(scale))
+        stored.append(small)
+        stack[...] = scale[..., None] * np.asarray(small, np.float32)
+    expected = sequences.attend(query, start)
+    if dtype == "float8_e4m3fn":
+        stored = [jax.lax.bitcast_convert_type(x, jnp.uint8) for x in stored]
+    sequences.keys, sequences.values = stored
+    found = sequences.attend(
+        query, start, key_scales=scales[0], value_scales=scales[1], soft_cap=None
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_query_in_bfloat16_gets_bfloat16_within_its_rounding():
+    sequences, query = Sequences([30, 7], [0, 0]), draw_query(2, 2)
+    expected = sequences.attend(query, [28, 5])
+    found = sequences.attend(jnp.asarray(query, jnp.bfloat16), [28, 5])
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "The window is 0 tokens; it must be at least 1"),
+        ({"soft_cap": -1.0}, "The soft cap is -1.0; it must be positive"),
+        ({"implementation": "paged"}, "has no implementation 'paged'"),
+        ({"key_scales": 0}, "key_scales came without value_scales. Give both"),
+    ],
+)
+def test_what_cannot_be_attended_is_refused(options, message):
+    sequences, query = Sequences([9], [0]), draw_query(1, 1)
+    if "key_scales" in options:
+        options = {"key_scales": jnp.ones(sequences.keys.shape[:-1])}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sequences.attend(query, [8], function=api.paged_attention, **options)
+
+
+def test_heads_that_do_not_split_are_refused():
+    sequences = Sequences([9], [0])
+    with pytest.raises(ValueError, match="3 query heads do not split over 2 key heads"):
+        sequences.attend(draw_query(1, 1, heads=3), [8])
+
+
+def test_the_choice_is_explained():
+    found = api.explain((8, 1, 4, 6), (2, 60, 2, 4, 6), 9, jnp.float32)
+    assert found == "paged attention runs as 'gathered'."
