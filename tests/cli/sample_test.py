@@ -1,5 +1,6 @@
 """The command that samples: prompts from everywhere, JSON Lines out."""
 
+import dataclasses
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 from realjax.cli.sample import command
 from realjax.data.tokenizer import Tokenizer
 from realjax.models import hf
+from realjax.rl.sampling import Sampling
 from realjax.testing import tiny_model
 from tests.runtime.small_world import (
     PROMPTS,
@@ -164,7 +166,8 @@ def test_what_cannot_be_meant_is_one_message_before_anything_compiles(
 def test_help_names_the_flags_of_the_sampler(capsys):
     assert command(["--help"]) == 0
     found = capsys.readouterr().out
-    for name in ("model", "prompts", "n", "top_p", "greedy", "min_new_tokens"):
+    options = {field.name for field in dataclasses.fields(Sampling)} - {"bad_words"}
+    for name in ("model", "prompts", "n", *options):
         assert f"  --{name}  " in found
 
 

@@ -8,7 +8,9 @@ from jax.extend import core
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels._dispatch import Device
 from pallas_kernels.linear_logprob import is_kept
+from realjax.rl import sampling_sets
 from realjax.rl.sampling_sets import fewest, most_likely, pack
 
 IMPLEMENTATIONS = ("direct", "blocks")
@@ -80,6 +82,18 @@ def test_blocks_sort_only_what_they_return(implementation, width):
     program = jax.make_jaxpr(
         lambda x: most_likely(x, 30, implementation=implementation)
     )(jnp.zeros((2, 4096)))
+    assert sorted_widths(program.jaxpr) == [width]
+
+
+@pytest.mark.parametrize(
+    ("platform", "vocab_size", "width"),
+    [("cpu", 4096, 4096), ("cpu", 128256, 30), ("gpu", 4096, 30)],
+)
+def test_only_a_cpu_sorts_and_only_a_small_vocabulary(
+    platform, vocab_size, width, monkeypatch
+):
+    monkeypatch.setattr(sampling_sets, "device", lambda: Device(platform=platform))
+    program = jax.make_jaxpr(lambda x: most_likely(x, 30))(jnp.zeros((2, vocab_size)))
     assert sorted_widths(program.jaxpr) == [width]
 
 
