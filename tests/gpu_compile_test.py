@@ -28,6 +28,13 @@ BUDGETS = {
     "reference f8 fill": 6.0 * GIB,
     # 256 completions on one device; keys or values of all layers are 32 GiB.
     "rollout d1 decode": 2.5 * GIB,
+    # The pages of 256 rows of 1024 tokens, read in one layer; all layers are 32 GiB, in
+    # 8 bits 16.5.
+    "pages d1 16 bfloat16 1": 1.5 * GIB,
+    "pages d1 16 int8 1": 1.0 * GIB,
+    "pages d1 16 bfloat16 64": 2.5 * GIB,
+    "pages t8 16 bfloat16 1": 0.2 * GIB,
+    "pages d4t2 16 bfloat16 1": 0.2 * GIB,
     # Of 64k tokens by 128k columns, and its part in the 8B step on eight devices.
     "head in the f8 step": 0.25 * GIB,
     "head d1": 1.0 * GIB,
@@ -141,6 +148,17 @@ def test_decoding_updates_the_cache_in_place():
     cache_bytes = 2 * 32 * 256 * 8 * 2048 * 128 * 2
     assert decode["alias_bytes"] >= cache_bytes
     assert decode["collectives"] == []
+
+
+@pytest.mark.parametrize("name", [name for name in BUDGETS if name.startswith("pages")])
+def test_pages_are_written_in_place_and_read_one_layer_at_a_time(name):
+    found = run("tests/compile_pages.py", *name.split()[1:])
+    check(name, found)
+    assert found["alias_bytes"] >= found["pool_bytes"]
+    # Heads are summed once a layer, and no page leaves its device.
+    for collective in found["collectives"]:
+        assert collective["kind"] == "all-reduce"
+        assert collective["num_bytes"] <= 2 * 2**20
 
 
 @pytest.mark.parametrize(("strategy", "num_rows"), [("d1", 16), ("f8", 32), ("t8", 4)])

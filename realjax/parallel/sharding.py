@@ -32,7 +32,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "expert": ("expert",),
     # activations
     "batch": ("data", "fsdp", "expert"),
-    "pages": ("data", "fsdp", "expert"),  # each row's beside it
+    "pages": ("data", "fsdp", "expert"),  # where the rows are that have them
     "wide_batch": ("data", "expert"),  # next to "embed", which is over fsdp
     "length": (),
     "embed_act": (),
