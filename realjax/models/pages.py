@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from realjax.core.arrays import Array, Float, Int, Shaped
-from realjax.models.axes import OF_ROWS, PAGE_SCALES, PAGES, Axes
+from realjax.core.arrays import Array, Float, Int, PyTree, Shaped
+from realjax.models.axes import OF_ROWS, PAGE_SCALES, PAGES
 from realjax.models.config import ModelConfig
 from realjax.models.partition import WHOLE, Partition
 
@@ -102,11 +102,9 @@ def page_bytes(
     return 2 * config.num_layers * heads * page_size * of_head
 
 
-def axes_of(pool: Pool) -> Pool:
-    """Return the logical axes of each array of a pool."""
-    has_scales = pool.key_scales is not None
-    scales: Axes | None = PAGE_SCALES if has_scales else None
-    return Pool(PAGES, PAGES, scales, scales)  # pyright: ignore[reportArgumentType]
+def axes_of(pool: Pool) -> PyTree:
+    """Return a tree like the pool's, with the logical axes of each array."""
+    return jax.tree.map(lambda stack: PAGES[: stack.ndim], pool)
 
 
 def write(

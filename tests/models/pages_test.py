@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +84,8 @@ class Model:
 
     def __init__(self, config, text="d1", dtype="float32", num_pages=NUM_PAGES):
         self.config = config
-        self.pages_left, self.most_left = np.zeros_like, 0
+        self.pages_left: Callable = np.zeros_like
+        self.most_left = 0
         mesh = make_mesh(Allocation.parse(text))
         partition = partition_for(mesh)
         num_parts = Allocation.parse(text).num_row_shards
@@ -286,6 +289,7 @@ def test_int8_is_within_half_a_step_and_float8_within_a_sixteenth():
         stored = pool.keys[2, 2]
         if dtype == "float8_e4m3fn":
             stored = jax.lax.bitcast_convert_type(stored, jnp.float8_e4m3fn)
+        assert pool.key_scales is not None
         scales = np.asarray(pool.key_scales[2, 2])[..., None]
         exact = np.swapaxes(key[0], 0, 1)
         error = np.abs(scales * np.asarray(stored, np.float32) - exact)
@@ -354,6 +358,23 @@ def test_bytes_of_a_page_are_those_of_the_pool_over_its_pages(dtype, text):
     assert parts == {1 if text == "d1" else 8}
 
 
+@pytest.mark.parametrize("text", ["d1", "d4t2"])
+def test_a_donated_pool_is_copied_to_in_place(text):
+    partition = partition_for(make_mesh(Allocation.parse(text)))
+    pool = jax.jit(
+        lambda: pages_lib.empty(LLAMA, 8000, PAGE_SIZE, "float32", partition)
+    )()
+    copy = jax.jit(
+        functools.partial(pages_lib.copy_pages, partition=partition), donate_argnums=0
+    )
+    ids = jnp.zeros(8, jnp.int32)
+    compiled: Any = copy.lower(pool, ids, ids).compile()
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(pool))
+    assert compiled.memory_analysis().alias_size_in_bytes == held
+    assert compiled.memory_analysis().temp_size_in_bytes < held / 50
+    assert collectives(compiled.as_text()) == ()
+
+
 def test_a_pool_of_another_type_is_refused():
     message = "There is no pool of pages of int32. Types are float32, bfloat16, float16"
     with pytest.raises(ValueError, match=message):
@@ -375,7 +396,7 @@ def test_a_donated_pool_is_written_in_place_and_sent_nowhere(text, dtype, size):
     model = Model(config, text, dtype, num_pages=8000)
     zeros = np.zeros(NUM_ROWS, np.int32)
     arguments = model.arguments(size, zeros, zeros)
-    compiled = model.step.lower(model.parameters, **arguments).compile()
+    compiled: Any = model.step.lower(model.parameters, **arguments).compile()
     held = sum(
         leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model.pool)
     )

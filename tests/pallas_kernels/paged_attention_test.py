@@ -1,6 +1,7 @@
 """Attention to pages: what is seen, and that it equals attention without pages."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,8 @@ class Sequences:
         rng = np.random.default_rng(seed)
         self.first_page = np.asarray(first_page, np.int32)
         shape = (LAYERS, PAGES, kv_heads, PAGE_SIZE, HEAD_DIM)
-        self.keys = np.full(shape, UNUSED, np.float32)
-        self.values = np.full(shape, UNUSED, np.float32)
+        self.keys: Any = np.full(shape, UNUSED, np.float32)
+        self.values: Any = np.full(shape, UNUSED, np.float32)
         self.table = np.full((len(ends), num_columns), -1, np.int32)
         self.layer = 1
         free = list(rng.permutation(PAGES))
