@@ -54,6 +54,8 @@ class Sizes:
         working: what a call needs while it runs, by its name.
         batch: keys of the batch that a call reads and writes, by its name. They stay
             until the step ends.
+        pools: keys and values of a call that generates, by its name; they stay from one
+            step to the next.
         streamed: roles whose moments stay in host memory all the time.
     """
 
@@ -62,6 +64,7 @@ class Sizes:
     moving: Mapping[tuple[str, Hashable], int]
     working: Mapping[str, int]
     batch: Mapping[str, int]
+    pools: Mapping[str, int] = dataclasses.field(default_factory=dict)
     streamed: frozenset[str] = frozenset()
 
 
@@ -128,8 +131,8 @@ class Account:
             f"The plan needs {_gib(peak)} GiB on device {self.groups[group][0]} and it"
             f" has {_gib(self.limit_bytes)}. At '{worst.step}' it holds, in GiB:"
             f" {parts}. Spread the largest over more devices, let a role wait in host"
-            " memory (+offload), take fewer rows at a time, or recompute more"
-            f" (remat).\n{self.table()}"
+            " memory (+offload), take fewer rows at a time, give a pool fewer pages, or"
+            f" recompute more (remat).\n{self.table()}"
         )
 
     def table(self) -> str:
@@ -194,6 +197,9 @@ class _Ledger:
         self.groups, self._masks = _groups(plan)
         self.device: dict[tuple, tuple[str, np.ndarray]] = {}
         self.host: dict[tuple, tuple[str, np.ndarray]] = {}
+        for name, size in sizes.pools.items():
+            pool = self._held(plan.calls[name], f"pool of {name}", size)
+            self.device["pool", name] = pool
         resting = resting_on_host(graph, plan, sizes.streamed)
         for role in graph.roles:
             for part in parts_of(graph, role, sizes.streamed):

@@ -7,7 +7,12 @@ from collections.abc import Collection, Mapping
 from realjax.core.config import suggest
 from realjax.dataflow.graph import DataflowGraph
 from realjax.functions.function import Generate, Score, Transform
+from realjax.models.pages import DTYPES as KV_DTYPES
 from realjax.parallel.allocation import Allocation
+from realjax.rollout.settings import Settings
+
+MOST_SLOTS = 256
+"""Completions that a row shard decodes at the same time, where a plan does not say."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,12 +21,17 @@ class CallPlan:
 
     Attributes:
         allocation: devices and strategy.
-        rows: packed rows of a microbatch, or completions of a wave; 0 chooses them
-            from `microbatch_tokens` (all completions in one wave).
+        rows: packed rows of a microbatch, or completions decoded at the same time; 0
+            chooses them from `microbatch_tokens`, or up to `MOST_SLOTS` completions a
+            row shard.
+        pages: of the pool of a call that generates; 0 is enough for any completions.
+        kv_dtype: of that pool; "" is the model's.
     """
 
     allocation: Allocation
     rows: int = 0
+    pages: int = 0
+    kv_dtype: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,12 +61,32 @@ class ExecutionPlan:
         rows = plan.rows or max(1, self.microbatch_tokens // row_length)
         return math.ceil(min(rows, max_rows) / shards) * shards
 
+    def rollout_settings(self, name: str, *, num_rows: int) -> Settings:
+        """How the engine of a call that generates works.
+
+        Args:
+            name: of the call.
+            num_rows: completions it has in all.
+        """
+        plan = self.calls[name]
+        shards = plan.allocation.num_row_shards
+        slots = min(plan.rows or MOST_SLOTS * shards, num_rows)
+        return Settings(
+            slots=math.ceil(slots / shards) * shards,
+            pages=plan.pages,
+            kv_dtype=plan.kv_dtype,
+        )
+
     def table(self) -> str:
         """One line a call, for people."""
         width = max(map(len, self.calls), default=0)
         return "\n".join(
             f"{name:<{width}}  {plan.allocation}"
-            + (f"  rows {plan.rows}" if plan.rows else "")
+            + "".join(
+                f"  {key} {value}"
+                for key in ("rows", "pages", "kv_dtype")
+                if (value := getattr(plan, key))
+            )
             for name, plan in self.calls.items()
         )
 
@@ -75,7 +105,12 @@ class ExecutionPlan:
         return {
             "microbatch_tokens": self.microbatch_tokens,
             "calls": {
-                name: {"allocation": str(plan.allocation), "rows": plan.rows}
+                name: {
+                    "allocation": str(plan.allocation),
+                    "rows": plan.rows,
+                    "pages": plan.pages,
+                    "kv_dtype": plan.kv_dtype,
+                }
                 for name, plan in self.calls.items()
             },
         }
@@ -88,6 +123,8 @@ def make_plan(
     allocation: str = "",
     allocations: Mapping[str, str] | None = None,
     rows: Mapping[str, int] | None = None,
+    pages: Mapping[str, int] | None = None,
+    kv_dtype: Mapping[str, str] | None = None,
     microbatch_tokens: int = 2048,
     offloaded: Collection[str] = (),
 ) -> ExecutionPlan:
@@ -99,6 +136,8 @@ def make_plan(
         allocation: of every call not named below; "" means data over all devices.
         allocations: by call. A `Transform` follows the first call that reads it.
         rows: by call; see `CallPlan.rows`.
+        pages: by call that generates; see `CallPlan.pages`.
+        kv_dtype: by call that generates; see `CallPlan.kv_dtype`.
         microbatch_tokens: see `ExecutionPlan`.
         offloaded: roles whose calls all have the option `+offload`.
 
@@ -107,11 +146,25 @@ def make_plan(
     """
     allocations = {k: v for k, v in (allocations or {}).items() if v}
     rows = {k: v for k, v in (rows or {}).items() if v}
-    for name in (*allocations, *rows):
+    pages = {k: v for k, v in (pages or {}).items() if v}
+    kv_dtype = {k: v for k, v in (kv_dtype or {}).items() if v}
+    for name in (*allocations, *rows, *pages, *kv_dtype):
         if name not in graph.calls:
             raise ValueError(
                 f"The plan names the call {name!r}, which this graph does not "
                 f"have. {suggest(name, graph.calls)}"
+            )
+    for name in (*pages, *kv_dtype):
+        if not isinstance(graph.calls[name].function, Generate):
+            raise ValueError(
+                f"The plan gives pages or a kv_dtype to the call {name!r}, which does "
+                "not generate and has no pool of keys and values. Leave them out."
+            )
+    for name, dtype in kv_dtype.items():
+        if dtype not in KV_DTYPES:
+            raise ValueError(
+                f"kv_dtype.{name} is {dtype!r}; it must be one of "
+                f"{', '.join(KV_DTYPES)}."
             )
     default = allocation or f"d{num_devices}"
     places: dict[str, CallPlan] = {}
@@ -133,7 +186,12 @@ def make_plan(
             # A Transform keeps nothing, whoever it follows.
             options = place.options - {"offload"}
             place = dataclasses.replace(place, options=options)
-        places[name] = CallPlan(allocation=place, rows=rows.get(name, 0))
+        places[name] = CallPlan(
+            allocation=place,
+            rows=rows.get(name, 0),
+            pages=pages.get(name, 0),
+            kv_dtype=kv_dtype.get(name, ""),
+        )
         if isinstance(function, Generate) and place.stage > 1:
             raise ValueError(
                 f"Call {name!r} generates, and its allocation {place} has {place.stage}"

@@ -295,8 +295,8 @@ def extend_pages(
         start: position of each row's first token given.
         counts: tokens given of each row; 0 for a row that waits. The rest is padding,
             writes nothing and takes no room of experts.
-        lengths: of each sequence, as far as it is known; for rotary embeddings that
-            look at it.
+        lengths: of each sequence's prompt, which is known from its first token on; for
+            rotary embeddings that look at lengths.
         num_pages: columns of the table in use by any row.
         dtype: of the activations and of the matrix products.
         partition: how the work is split; the layers are always scanned.
@@ -311,7 +311,9 @@ def extend_pages(
     segment_ids = (place < counts[:, None]).astype(jnp.int32)
     rotations = ()
     if config.positions == "rotary":
-        known = jnp.broadcast_to(lengths[:, None], tokens.shape)
+        # What is known of a sequence's length when its token is written for the first
+        # time: rows that come back write the same keys again.
+        known = jnp.maximum(lengths[:, None], positions + 1)
         rotations = _rotations(config, positions, known)
 
     def attend_on_device(

@@ -18,12 +18,15 @@ from realjax.dataflow.graph import DataflowGraph
 from realjax.dataflow.plan import ExecutionPlan
 from realjax.functions.function import Generate, Train
 from realjax.functions.role import Role
-from realjax.models import transformer
+from realjax.models import pages, transformer
 from realjax.models.config import ModelConfig
+from realjax.models.partition import Partition
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import abstract_mesh
 from realjax.parallel.sharding import bytes_per_device
 from realjax.rl.sampling import kept_width
+from realjax.rollout.settings import Settings
+from realjax.rollout.shard import Room, room_of
 
 HEAD_CHUNK_TOKENS, CUT_HEAD_CHUNK_TOKENS = 2**13, 2**11
 """Tokens whose logits exist at the same time while log-probabilities are computed, by a
@@ -105,6 +108,53 @@ def account_counter(
     )
 
 
+def fit_pools(
+    graph: DataflowGraph,
+    plan: ExecutionPlan,
+    roles: Mapping[str, Role],
+    work: Work,
+    *,
+    limit_bytes: int,
+) -> ExecutionPlan:
+    """Give pools of keys and values what the rest of a plan leaves free.
+
+    A pool that the plan gives no pages gets as many as any completions take, or if
+    those do not fit as many as do. With fewer, rows give way to others and come back.
+    One that would be too small for a single row is left as it is, for
+    `Account.check` to refuse.
+
+    Args:
+        graph: of the algorithm.
+        plan: allocations.
+        roles: models, types and optimizers, by name.
+        work: shapes of a step.
+        limit_bytes: of a device.
+    """
+    found = memory_account(graph, plan, roles, work, limit_bytes=limit_bytes)
+    if found.fits:
+        return plan
+    excess = int(found.peak_bytes.max()) - limit_bytes
+    sizes, calls = memory_sizes(graph, plan, roles, work), dict(plan.calls)
+    open_pools = {n: s for n, s in sizes.pools.items() if not plan.calls[n].pages}
+    total = sum(open_pools.values())
+    num_rows = work.num_rows
+    for name in graph.order():
+        node = graph.calls[name]
+        if not isinstance(node.function, Generate) or name not in calls:
+            continue
+        num_rows *= node.function.completions_per_prompt
+        if name not in open_pools:
+            continue
+        role = roles[node.role]  # pyright: ignore[reportArgumentType]: it generates
+        left = open_pools[name] - math.ceil(excess * open_pools[name] / total)
+        num_pages = left // _page_bytes(plan, name, role)
+        room = _room(plan, name, role.model, num_rows, work)
+        if num_pages >= room.needed_pages(work.width):
+            shards = calls[name].allocation.num_row_shards
+            calls[name] = dataclasses.replace(calls[name], pages=num_pages * shards)
+    return dataclasses.replace(plan, calls=calls)
+
+
 def memory_sizes(
     graph: DataflowGraph, plan: ExecutionPlan, roles: Mapping[str, Role], work: Work
 ) -> Sizes:
@@ -119,7 +169,7 @@ def memory_sizes(
     dtypes = {name: role.dtype for name, role in roles.items()}
     homes = schedule_lib.home_places(graph, plan, dtypes)
     parts, copies, moving = {}, {}, {}
-    working, batch = {}, {}
+    working, batch, pools = {}, {}, {}
     for name, home in homes.items():
         parts[name, "parameters"] = _parameter_bytes(
             roles[name].model, home.allocation, home.dtype
@@ -146,12 +196,16 @@ def memory_sizes(
             )
             moving[key] = int(PIECES * copies[key])
         working[name] = _working_bytes(plan, name, node, roles, num_rows, work)
+        if isinstance(node.function, Generate):
+            room = _room(plan, name, roles[node.role].model, num_rows, work)
+            pools[name] = room.num_pages * _page_bytes(plan, name, roles[node.role])
     return Sizes(
         parts=parts,
         copies=copies,
         moving=moving,
         working=working,
         batch=batch,
+        pools=pools,
         streamed=streamed_roles(roles),
     )
 
@@ -199,9 +253,11 @@ def _working_bytes(plan, name, node, roles, num_rows: int, work: Work) -> int:
     role, allocation = roles[node.role], plan.calls[name].allocation
     model, itemsize = role.model, jax.numpy.dtype(role.dtype).itemsize
     if isinstance(node.function, Generate):
-        rows = min(plan.calls[name].rows or num_rows, num_rows)
-        rows = -(-rows // allocation.num_row_shards)
-        return _generate_bytes(node.function, model, allocation, itemsize, rows, work)
+        settings = plan.rollout_settings(name, num_rows=num_rows)
+        rows = -(-num_rows // allocation.num_row_shards)
+        return _generate_bytes(
+            node.function, model, allocation, itemsize, rows, settings, work
+        )
     if node.is_following:
         return _parameter_bytes(model, allocation, "float32")
     rows = plan.num_rows(name, max_rows=num_rows, row_length=work.width)
@@ -223,16 +279,43 @@ def _working_bytes(plan, name, node, roles, num_rows: int, work: Work) -> int:
     return size
 
 
-def _generate_bytes(spec, model, allocation, itemsize, rows, work: Work) -> int:
-    slots = work.prompt_width + spec.sampling.max_new_tokens
+def _room(plan, name, model, num_rows: int, work: Work) -> Room:
+    return room_of(
+        model,
+        plan.rollout_settings(name, num_rows=num_rows),
+        width=work.width,
+        num_shards=plan.calls[name].allocation.num_row_shards,
+    )
+
+
+def _page_bytes(plan, name, role: Role) -> int:
+    """Of one page on each of the devices that have a part of it."""
+    tensor = plan.calls[name].allocation.tensor
+    settings = plan.rollout_settings(name, num_rows=1)
+    size = pages.page_bytes(
+        role.model,
+        settings.page_size,
+        settings.kv_dtype or role.dtype,
+        Partition(num_head_parts=tensor),
+    )
+    return size // tensor
+
+
+def _generate_bytes(
+    spec, model, allocation, itemsize, rows, settings: Settings, work: Work
+) -> int:
+    """Beside the pool: logits, keys of one layer, a chunk of prompts, the result."""
+    slots = -(-settings.slots // allocation.num_row_shards)
     heads = math.lcm(model.num_kv_heads, allocation.tensor) // allocation.tensor
-    cache = 2 * model.padded_num_layers * rows * heads * slots * model.head_dim
-    logits = rows * model.padded_vocab_size // allocation.tensor
-    tokens = rows * work.prompt_width
-    layer = _layer_bytes(model, allocation, itemsize, tokens)
+    logits = slots * model.padded_vocab_size // allocation.tensor
+    gathered = 2 * slots * work.width * heads * model.head_dim * itemsize
+    layer = _layer_bytes(model, allocation, itemsize, settings.chunk_tokens)
+    form = kept_width(spec.sampling, model.vocab_size)
+    # Tokens, log-probabilities and entropy of all rows, and the sets they kept.
+    rows = 4 * rows * work.width * (3 + (form[1] if form else 0))
     prefill = int(FORWARD_SHARE * layer)
-    gathered = _gathered_bytes(model, allocation, itemsize)
-    return cache * itemsize + 3 * 4 * logits + prefill + gathered
+    weights = _gathered_bytes(model, allocation, itemsize)
+    return gathered + 3 * 4 * logits + rows + prefill + weights
 
 
 def _layer_bytes(model, allocation, itemsize: int, num_tokens: int) -> int:

@@ -12,51 +12,22 @@ the result: what leaves a slot needs no copying, and comes back from where it is
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
-from realjax.core.arrays import Array, Bool, Float, Int, Key, PyTree, UInt
+from realjax.core.arrays import Array, Bool, Float, Int
 from realjax.functions.packed import ModelProgram
 from realjax.models import heads, transformer
 from realjax.models import pages as pages_lib
-from realjax.models.axes import Axes
+from realjax.models.axes import PAGES
 from realjax.models.pages import Pool
-from realjax.parallel.sharding import replicated, rows_sharding
+from realjax.parallel.sharding import axes_spec, replicated, rows_sharding
 from realjax.rl import sampling as sampling_lib
 from realjax.rl.sampling import History, Sampling
-
-ROW: Axes = ("batch",)
-OF_ROW: Axes = ("batch", None)
-
-
-class Rollout(NamedTuple):
-    """Completions, one row each; tokens [prompt, completion, padding]."""
-
-    tokens: Int[Array, "B T"]
-    completion_mask: Bool[Array, "B T"]
-    old_logprobs: Float[Array, "B T"]
-    is_truncated: Bool[Array, " B"]
-    lengths: Int[Array, " B"]
-    kept: Array | None
-    entropy: Float[Array, "B T"]
-
-
-class Rows(NamedTuple):
-    """The state of every completion, [R]; lengths are of prompt and completion."""
-
-    tokens: Int[Array, "R T"]
-    logprobs: Float[Array, "R T"]
-    entropy: Float[Array, "R T"]
-    kept: Array | None
-    lengths: Int[Array, " R"]
-    prompt_lengths: Int[Array, " R"]
-    minimums: Int[Array, " R"]
-    limits: Int[Array, " R"]
-    has_ended: Bool[Array, " R"]
-    keys: UInt[Array, "R W"]
+from realjax.rollout.rows import OF_ROW, ROW, Rollout, Rows, axes_of, kept_dtype
 
 
 class _Written(NamedTuple):
@@ -88,11 +59,13 @@ class Shapes:
         width: T, tokens of a row.
         steps: tokens a launch decodes.
         is_read: whether the host reads the tokens of every launch.
+        has_kept: whether the sets of tokens that draws were made from are recorded.
     """
 
     width: int
     steps: int
     is_read: bool = False
+    has_kept: bool = True
 
 
 class Programs:
@@ -119,14 +92,27 @@ class Programs:
         self.program, self.mesh, self.sampling = program, mesh, sampling
         self.eos_ids, self.shapes = eos_ids, shapes
         form = sampling_lib.kept_width(sampling, program.config.vocab_size)
-        self.kept_form = form
-        self._whole = replicated(mesh)
-        self.start = jax.jit(self._start, static_argnames=("num_rows",))
-        self.prefill = jax.jit(
-            self._prefill, static_argnames=("width",), donate_argnames=("pool",)
+        self.kept_form = form if shapes.has_kept else None
+        whole = replicated(mesh)
+        rows, pool = (NamedSharding(mesh, axes_spec(a, mesh)) for a in (ROW, PAGES[:3]))
+        jitted = functools.partial(jax.jit, donate_argnames=("pool",))
+        self.start = jax.jit(
+            self._start, static_argnames=("num_rows",), out_shardings=(rows, whole)
         )
-        self.copy = jax.jit(self._copy, donate_argnames=("pool",))
-        self.decode = jax.jit(self._decode, donate_argnames=("pool", "rows"))
+        self.prefill = jitted(
+            self._prefill, static_argnames=("width",), out_shardings=pool
+        )
+        self.copy = jitted(self._copy, out_shardings=pool)
+        self.decode = jax.jit(
+            self._decode,
+            donate_argnames=("pool", "rows"),
+            out_shardings=(pool, rows, whole),
+        )
+        self.make_pool = jax.jit(
+            self._make_pool,
+            static_argnames=("num_pages", "page_size", "dtype"),
+            out_shardings=pool,
+        )
         self.finish = jax.jit(self._finish, static_argnames=("size",))
 
     @property
@@ -155,14 +141,23 @@ class Programs:
             old_logprobs=leaf(jnp.float32, width),
             is_truncated=leaf(jnp.bool_),
             lengths=leaf(jnp.int32),
-            kept=form and leaf(_kept_dtype(form), width, form[1]),
+            kept=form and leaf(kept_dtype(form), width, form[1]),
             entropy=leaf(jnp.float32, width),
         )
 
     # -- start and finish ------------------------------------------------------------
 
     def _start(
-        self, prompts, lengths, ids, key, row_prompt, row_sample, row_limits, *, num_rows
+        self,
+        prompts,
+        lengths,
+        ids,
+        key,
+        row_prompt,
+        row_sample,
+        row_limits,
+        *,
+        num_rows,
     ) -> tuple[Rows, Int[Array, ""]]:
         """Lay out rows; also count the tokens that all prompts begin with."""
         width = self.shapes.width
@@ -193,12 +188,12 @@ class Programs:
             has_ended=lengths == 0,
             keys=keys,
         )
-        return self._constrain_rows(rows), self._replicate(shared)
+        return rows, shared
 
     def _empty_kept(self, num_rows: int, width: int) -> Array | None:
         if self.kept_form is None:
             return None
-        dtype = _kept_dtype(self.kept_form)
+        dtype = kept_dtype(self.kept_form)
         empty = -1 if dtype == jnp.int32 else 0
         return jnp.full((num_rows, width, self.kept_form[1]), empty, dtype)
 
@@ -252,7 +247,7 @@ class Programs:
         row, start, counts, pages = table[:, 0], table[:, 1], table[:, 2], table[:, 3:]
         places = start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
         with jax.named_scope("prefill"):
-            _, pool = self._extend(
+            return self._extend(
                 parameters,
                 self._take(tokens, row, places),
                 pool,
@@ -262,14 +257,18 @@ class Programs:
                 counts=jnp.where(row >= 0, counts, 0),
                 lengths=self._take(prompt_lengths, row),
                 num_pages=num_pages,
-            )
-        return self._constrain_pool(pool)
+            )[1]
 
     def _copy(self, pool: Pool, pages) -> Pool:
         sources, targets = self._by_row(pages[:, 0]), self._by_row(pages[:, 1])
         partition = self.program.partition
-        pool = pages_lib.copy_pages(pool, sources, targets, partition)
-        return self._constrain_pool(pool)
+        return pages_lib.copy_pages(pool, sources, targets, partition)
+
+    def _make_pool(self, *, num_pages: int, page_size: int, dtype: str) -> Pool:
+        program = self.program
+        return pages_lib.empty(
+            program.config, num_pages, page_size, dtype, program.partition
+        )
 
     # -- decoding --------------------------------------------------------------------
 
@@ -280,7 +279,8 @@ class Programs:
 
         Returns:
             The pool, the rows, and for the host, of every slot: whether its row has
-            ended, its length, and if it is to read them the new tokens.
+            ended, its length, and if it is to read them the new tokens, and the bits of
+            their log-probabilities and entropies.
         """
         steps, table = self.shapes.steps, self._by_row(table)
         row, first_page, pages = table[:, 0], table[:, 1], table[:, 2:]
@@ -305,7 +305,7 @@ class Programs:
                 first_page=first_page,
                 start=state.lengths - 1,
                 counts=state.is_alive.astype(jnp.int32),
-                lengths=jnp.maximum(prompt_lengths, state.lengths),
+                lengths=prompt_lengths,
                 num_pages=num_pages,
             )
             config = self.program.config
@@ -325,15 +325,14 @@ class Programs:
             put = functools.partial(
                 jax.lax.dynamic_update_index_in_dim, index=state.step, axis=1
             )
-            new = _Written(tokens, draw.logprobs, draw.entropy, draw.kept)
+            kept = None if self.kept_form is None else draw.kept
+            new = _Written(tokens, draw.logprobs, draw.entropy, kept)
             return _Decoding(
                 step=state.step + 1,
                 pool=pool,
                 lengths=new_lengths,
                 is_alive=state.is_alive & ~has_ended,
-                recent=jnp.concatenate(
-                    [state.recent[:, 1:], tokens[:, None]], axis=1
-                ),
+                recent=jnp.concatenate([state.recent[:, 1:], tokens[:, None]], axis=1),
                 history=self._remember(state.history, tokens, state.is_alive),
                 written=jax.tree.map(put, state.written, new),
             )
@@ -361,9 +360,10 @@ class Programs:
         rows = self._write(rows, row, begin, state, has_ended)
         report = [has_ended.astype(jnp.int32)[:, None], state.lengths[:, None]]
         if self.shapes.is_read:
-            report.append(state.written.tokens)
-        report = self._replicate(jnp.concatenate(report, axis=1))
-        return self._constrain_pool(state.pool), self._constrain_rows(rows), report
+            bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.int32)
+            written = state.written
+            report += [written.tokens, bits(written.logprobs), bits(written.entropy)]
+        return state.pool, rows, jnp.concatenate(report, axis=1)
 
     def _write(self, rows: Rows, row, begin, state: _Decoding, has_ended) -> Rows:
         """Put what a launch has made into its rows."""
@@ -382,10 +382,10 @@ class Programs:
                 has_ended=rows.has_ended.at[row].set(has_ended, mode="drop"),
             )
 
-        axes = _axes(rows)
+        axes = axes_of(rows)
         locally = self.program.partition.locally(
             put_all,
-            (axes, ROW, OF_ROW, ROW, ROW, _axes(state.written)),
+            (axes, ROW, OF_ROW, ROW, ROW, axes_of(state.written)),
             axes,
         )
         return locally(rows, row, places, state.lengths, has_ended, state.written)
@@ -433,9 +433,7 @@ class Programs:
             is_end_V = self._is_end(jnp.arange(vocab_size))
             forbidden = is_early[:, None] & is_end_V[None]
         if sampling.bad_words:
-            bad = sampling_lib.bad_word_tokens(
-                recent, sampling, vocab_size
-            )
+            bad = sampling_lib.bad_word_tokens(recent, sampling, vocab_size)
             forbidden = bad if forbidden is None else forbidden | bad
         return forbidden
 
@@ -464,43 +462,23 @@ class Programs:
             index = (row, *places) if not places else (row[:, None], *places)
             return x.at[index].get(mode="fill", fill_value=0)
 
-        axes = (_axes(x), ROW, *map(_axes, places))
+        axes = (axes_of(x), ROW, *map(axes_of, places))
         out = OF_ROW if places or x.ndim > 1 else ROW
         row = jnp.where(row >= 0, row, x.shape[0])
         return self.program.partition.locally(take, axes, out)(x, row, *places)
 
     def _by_row(self, table: Array) -> Array:
-        return self.program.partition.constrain(table, _axes(table))
-
-    def _replicate(self, x: Array) -> Array:
-        return jax.lax.with_sharding_constraint(x, self._whole)
-
-    def _constrain_rows(self, rows: Rows) -> Rows:
-        return jax.tree.map(self._by_row, rows)
-
-    def _constrain_pool(self, pool: Pool) -> Pool:
-        constrain = self.program.partition.constrain
-        return jax.tree.map(constrain, pool, pages_lib.axes_of(pool))
+        return self.program.partition.constrain(table, axes_of(table))
 
 
 def _outputs(rows: Rows) -> _Written:
     return _Written(rows.tokens, rows.logprobs, rows.entropy, rows.kept)
 
 
-def _axes(tree: PyTree) -> PyTree:
-    """Arrays of rows are cut over rows."""
-    return jax.tree.map(lambda x: ("batch", *(None for _ in x.shape[1:])), tree)
-
-
-def _kept_dtype(form: tuple[str, int]) -> Any:
-    """Of the sets that a sampler records: ids, or words of bits."""
-    return jnp.int32 if form[0] == "ids" else jnp.uint32
-
-
 def _num_shared(prompts: Int[Array, "B P"], lengths: Int[Array, " B"]):
     """Count the tokens all prompts begin with, the last of each left out."""
     is_real = lengths > 0
     first = jnp.take(prompts, jnp.argmax(is_real), axis=0)
-    places = jnp.arange(prompts.shape[1])
+    places = jnp.arange(prompts.shape[1])[None]
     is_equal = (prompts == first[None]) & (places < (lengths - 1)[:, None])
     return jnp.sum(jnp.cumprod(jnp.all(is_equal | ~is_real[:, None], axis=0)))

@@ -4,7 +4,7 @@
        ▲                                                        │
        └──────── rows that ended, known some launches late ◀────┘
 
-Shapes are static: a chunk is one of a few (rows, tokens), a launch always has all slots.
+Shapes are static: a chunk is one of a few (rows, tokens), a launch has all slots.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ SHORTEST_CHUNK = 32
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Prompts to prefill: on each shard's rows its row, first token, count and pages."""
+    """Prompts to prefill; lines of row, first token, number of tokens and pages."""
 
     width: int
     table: Int[np.ndarray, "B M"]
@@ -44,7 +44,22 @@ class Launch:
     rows: tuple[tuple[int, Row], ...]
 
 
-Work = Chunk | Copies | Launch
+def chunk_shapes(longest: int, chunk_tokens: int) -> list[tuple[int, int]]:
+    """List (tokens of a row, rows) that chunks may have, narrow ones first.
+
+    Tokens are powers of two; rows are one, or as many as make a whole chunk.
+
+    Args:
+        longest: tokens of the longest prompt.
+        chunk_tokens: tokens of a whole chunk.
+    """
+    width, shapes = SHORTEST_CHUNK, []
+    while True:
+        most = max(chunk_tokens // width, 1)
+        shapes += [(width, rows) for rows in sorted({1, most})]
+        if width >= min(longest, chunk_tokens):
+            return shapes
+        width *= 2
 
 
 class Scheduler:
@@ -60,8 +75,7 @@ class Scheduler:
         shards: Sequence[Shard],
         *,
         num_columns: int,
-        chunk_tokens: int,
-        longest_chunk: int,
+        shapes: Sequence[tuple[int, int]],
         is_refilling: bool = True,
     ):
         """Takes shards of equal room.
@@ -69,13 +83,12 @@ class Scheduler:
         Args:
             shards: with their rows waiting.
             num_columns: pages of the longest row.
-            chunk_tokens: tokens of a chunk, on each shard.
-            longest_chunk: of one row.
+            shapes: of chunks on each shard, see `chunk_shapes`.
             is_refilling: whether a slot is given on before all are free.
         """
         self.shards, self.room = shards, shards[0].room
         self.num_columns, self.is_refilling = num_columns, is_refilling
-        self.chunk_tokens, self.longest_chunk = chunk_tokens, longest_chunk
+        self.shapes = shapes
         self.num_launches = 0
 
     @property
@@ -83,7 +96,7 @@ class Scheduler:
         """Whether nothing is left to launch."""
         return all(shard.is_done for shard in self.shards)
 
-    def work(self) -> Iterator[Work]:
+    def next_items(self) -> Iterator[Chunk | Copies | Launch]:
         """What to launch up to the next launch of decoding, that included."""
         if self.is_refilling or not any(any(s.slots) for s in self.shards):
             for shard in self.shards:
@@ -104,40 +117,33 @@ class Scheduler:
         if launch is not None:
             yield launch
 
-    def chunk_rows(self, width: int) -> tuple[int, ...]:
-        """Rows that chunks of a width may have, on each shard."""
-        most = max(self.chunk_tokens // width, 1)
-        return (1,) if most == 1 else (1, most)
-
-    def chunk_widths(self) -> list[int]:
-        """Tokens of a row that chunks have room for: powers of two."""
-        widths = [SHORTEST_CHUNK]
-        while widths[-1] < min(self.longest_chunk, self.chunk_tokens):
-            widths.append(2 * widths[-1])
-        return widths
-
     def _chunk(self) -> Chunk | None:
         pending = [shard.pending() for shard in self.shards]
         if not any(pending):
             return None
         longest = max(tokens[0] for tokens in pending if tokens)
-        widths = self.chunk_widths()
-        width = next((w for w in widths if w >= longest), widths[-1])
-        wanted = max(len(tokens) for tokens in pending)
-        rows = next((r for r in self.chunk_rows(width) if r >= wanted), None)
-        rows = rows or self.chunk_rows(width)[-1]
+        wanted = max(map(len, pending))
+        width, rows = self._shape(longest, wanted)
         table = np.full(
             (len(self.shards), rows, 3 + self.num_columns), -1, dtype=np.int32
         )
         table[:, :, 1:3] = 0
         num_pages = 0
         for shard, lines in zip(self.shards, table, strict=True):
-            for line, segment in zip(lines, shard.take_segments(width, rows)):
+            segments = shard.take_segments(width, rows)
+            for line, segment in zip(lines, segments, strict=False):
                 line[:3] = segment.row, segment.start, segment.count
                 line[3 : 3 + len(segment.pages)] = segment.pages
                 end = self.room.pages_of(segment.start + segment.count)
                 num_pages = max(num_pages, end)
         return Chunk(width, table.reshape(-1, table.shape[-1]), num_pages)
+
+    def _shape(self, longest: int, wanted: int) -> tuple[int, int]:
+        """The smallest shape with room for some tokens and rows, or the largest."""
+        widths = [width for width, _ in self.shapes]
+        width = next((w for w in widths if w >= longest), widths[-1])
+        rows = [rows for w, rows in self.shapes if w == width]
+        return width, next((r for r in rows if r >= wanted), rows[-1])
 
     def _copies(self, copies: list[list[tuple[int, int]]]) -> Copies:
         pages = np.full((len(self.shards), self.room.num_slots, 2), -1, np.int32)

@@ -1,6 +1,6 @@
 """Slots and pages of one row shard: which completion stands where, decided on the host.
 
-    prompt 0    [p0][p1][p2·]                 pages of the prompt, the last one partly full
+    prompt 0    [p0][p1][p2·]                 pages of the prompt, the last partly full
     row 0       [p0][p1][p7·][p9]             shares full pages, owns a copy of the last
     row 1       [p0][p1][p2·][p8]             the last row to start takes it over
 
@@ -17,6 +17,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from realjax.core.arrays import Int
+from realjax.models.config import ModelConfig
+from realjax.rollout.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,32 @@ class Room:
         held by the prompt and by its row for a moment.
         """
         return self.pages_of(max(limit - 1, 1)) + 1
+
+
+def room_of(
+    config: ModelConfig, settings: Settings, *, width: int, num_shards: int
+) -> Room:
+    """Return what each row shard of an engine has room for.
+
+    Args:
+        config: of the model.
+        settings: of the engine; those of slots and pages are of all shards together.
+        width: tokens of the longest row.
+        num_shards: row shards.
+    """
+    windows = [window for window in config.layer_windows if window is not None]
+    room = Room(
+        num_slots=-(-settings.slots // num_shards),
+        num_pages=settings.pages // num_shards,
+        page_size=settings.page_size,
+        steps=settings.steps,
+        # Where one layer sees everything, everything is kept.
+        window=max(windows) if len(windows) == config.num_layers else None,
+    )
+    if settings.pages:
+        return room
+    enough = room.num_slots * room.needed_pages(width)
+    return dataclasses.replace(room, num_pages=enough)
 
 
 @dataclasses.dataclass(eq=False)

@@ -23,6 +23,7 @@ from realjax.functions.score import RewardWorkers
 from realjax.parallel.mesh import make_mesh
 from realjax.parallel.sharding import handles, replicated, rows_sharding
 from realjax.realloc.transfer import Traffic
+from realjax.rollout.loop import OnProgress
 from realjax.runtime import cluster
 from realjax.runtime.measures import Metrics, completion_metrics, completion_texts
 from realjax.runtime.parameters import ParameterStore
@@ -40,7 +41,7 @@ class Pass:
         buffer: what its calls have made.
         step: number of the step; draws depend on it.
         is_training: False for a pass that changes nothing.
-        on_wave: told (waves done, waves in all) during generation.
+        on_progress: told how far generation is.
         traffic: counts parameters that move.
     """
 
@@ -48,7 +49,7 @@ class Pass:
     step: int
     traffic: Traffic
     is_training: bool = True
-    on_wave: Callable[[int, int], None] | None = None
+    on_progress: OnProgress | None = None
 
 
 class Calls:
@@ -140,13 +141,7 @@ class Calls:
                 rollout = handles(program.described(size))
             else:
                 key = self.key(name, passing.step, passing.is_training)
-                waves = program.num_waves(size)
-                parts = []
-                for index in range(waves):
-                    parts.append(program.wave(parameters, prompts, key, index))
-                    if passing.on_wave is not None:
-                        passing.on_wave(index + 1, waves)
-                rollout = program.join(parts, size)
+                rollout = program(parameters, prompts, key, passing.on_progress)
                 event.watch(rollout.lengths)
         buffer.repeat(group)
         for local in spec.writes:

@@ -8,6 +8,7 @@ each call writes is worked out from what it reads, through the graph.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ from realjax.parallel.sharding import (
     rows_sharding,
 )
 from realjax.realloc.offload import moved_in_program
+from realjax.rollout.engine import Engine
 from realjax.runtime.programs import SEQUENCES_PER_ROW
 from realjax.runtime.run import make_graph
 from realjax.runtime.run_config import RunConfig
@@ -123,6 +125,8 @@ class _Described:
             allocation=config.allocation,
             allocations=config.allocations if fits else {},
             rows=config.rows,
+            pages=config.pages,
+            kv_dtype=config.kv_dtype,
             microbatch_tokens=config.microbatch_tokens
             or MICROBATCH_TOKENS * num_devices,
             offloaded=[name for name, role in config.roles.items() if role.offload],
@@ -179,29 +183,18 @@ class _Described:
 
     def _generate(self, name, node, program: ModelProgram, mesh: Mesh):
         spec, num_prompts = node.function, self.size
-        place = self.plan.calls[name]
         self.size *= spec.completions_per_prompt
-        shards = place.allocation.num_row_shards
-        num_rows = -(-min(place.rows or self.size, self.size) // shards) * shards
+        settings = self.plan.rollout_settings(name, num_rows=self.size)
         generate = GenerateProgram(
             spec,
             program,
             mesh,
             eos_ids=program.config.eos_ids or (0,),
-            num_rows=num_rows,
             width=self.width,
+            settings=settings,
         )
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        arguments = (
-            _parameters(program, mesh, jnp.dtype(program.dtype)),
-            _on(mesh, {"": self.batch[node.key("prompts")]})[""],
-            _shape((num_prompts,), jnp.int32),
-            _shape((num_prompts,), jnp.uint32),
-            key,
-            _shape((num_rows,), jnp.int32),
-            _shape((num_rows,), jnp.int32),
-        )
-        rollout = jax.eval_shape(generate._wave, *arguments)
+        rollout = generate.described(num_prompts)
+        prompts = _on(mesh, {"": self.batch[node.key("prompts")]})[""]
         for key, value in self.batch.items():
             if key != "prompts" and value.shape[0] == num_prompts:
                 self.batch[key] = _shape((self.size, *value.shape[1:]), value.dtype)
@@ -211,35 +204,50 @@ class _Described:
             if (value := getattr(rollout, local)) is not None
         }
         self._put(node, made)
-        return {
-            "wave": (generate._wave, arguments),
-            "decode": self._decode(generate, mesh, arguments[0]),
-        }
+        parameters = _parameters(program, mesh, jnp.dtype(program.dtype))
+        return self._launches(generate.engine, mesh, parameters, prompts)
 
-    def _decode(self, generate: GenerateProgram, mesh: Mesh, parameters: PyTree):
-        """Give one turn of the loop, which a program of the whole wave hides."""
-        config, num_rows = generate.program.config, generate.num_rows
-        rows = rows_sharding(mesh, num_rows)
-        lengths = _placed(_shape((num_rows,), jnp.int32), rows)
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_rows))
-        hidden = _shape((num_rows, config.width), jnp.dtype(generate.program.dtype))
-
-        def start(parameters, hidden, lengths):
-            cache = generate._empty_cache(num_rows, self.prompt_width)
-            return generate._start(generate._logits(parameters, hidden), cache, lengths)
-
-        inputs = (parameters, hidden, lengths)
-        state = jax.tree.map(
-            _placed,
-            jax.eval_shape(start, *inputs),
-            aot.output_shardings(self.machine, start, *inputs, mesh=mesh),
+    def _launches(self, engine: Engine, mesh: Mesh, parameters: PyTree, prompts):
+        """Give a whole chunk of prefill, and a launch of decoding."""
+        num_rows = -(-self.size // engine.num_shards) * engine.num_shards
+        start = functools.partial(engine.programs.start, num_rows=num_rows)
+        of_prompts, of_rows = (prompts.shape[0],), (num_rows,)
+        given = (
+            prompts,
+            _shape(of_prompts, jnp.int32),
+            _shape(of_prompts, jnp.uint32),
+            jax.eval_shape(lambda: jax.random.key(0)),
+            *(_shape(of_rows, jnp.int32) for _ in range(3)),
         )
 
-        def step(parameters, state, keys, first_slot):
-            return generate._step(parameters, state, keys=keys, first_slot=first_slot)
+        def placed(function: Callable, *arguments: Any) -> Any:
+            return jax.tree.map(
+                _placed,
+                jax.eval_shape(function, *arguments),
+                aot.output_shardings(self.machine, function, *arguments, mesh=mesh),
+            )
 
-        step = jax.jit(step, donate_argnums=1)
-        return step, (parameters, state, _placed(keys, rows), lengths)
+        rows, _ = placed(start, *given)
+        pool = placed(functools.partial(engine.programs.make_pool, **engine.pool_shape))
+        width, count = engine.chunk_shapes(prompts.shape[1])[-1]
+        prefill = jax.jit(
+            functools.partial(engine.programs.prefill, width=width), donate_argnums=1
+        )
+        scalar = _shape((), jnp.int32)
+
+        def table(num_rows: int, columns: int) -> jax.ShapeDtypeStruct:
+            size = (num_rows * engine.num_shards, columns + engine.num_columns)
+            return _shape(size, jnp.int32)
+
+        chunk = (rows.tokens, rows.prompt_lengths, table(count, 3), scalar)
+        slots = table(engine.room.num_slots, 2)
+        return {
+            "prefill": (prefill, (parameters, pool, *chunk)),
+            "decode": (
+                engine.programs.decode,
+                (parameters, pool, rows, slots, scalar),
+            ),
+        }
 
     def _infer(self, name, node, program: ModelProgram, mesh: Mesh):
         infer = InferProgram(node.function, program, mesh)

@@ -14,7 +14,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from realjax.core.batch import Batch
@@ -27,6 +26,7 @@ from realjax.functions.function import Generate, Train
 from realjax.functions.role import Role
 from realjax.planner.memory import streamed_roles
 from realjax.realloc.transfer import Traffic
+from realjax.rollout.loop import OnProgress
 from realjax.runtime.calls import Calls, Pass
 from realjax.runtime.measures import Metrics
 from realjax.runtime.parameters import ParameterStore
@@ -113,7 +113,7 @@ class Executor:
         *,
         step: int,
         training: bool = True,
-        on_wave: Callable[[int, int], None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> tuple[Metrics, Buffer]:
         """One pass through the graph.
 
@@ -122,7 +122,7 @@ class Executor:
             step: number of the step; draws depend on it.
             training: False changes nothing; the losses of training calls are measured
                 where the data set holds the completions.
-            on_wave: told (waves done, waves in all) during generation.
+            on_progress: told how far generation is.
 
         Returns:
             Metrics, most still being computed, and everything the calls made. In a run
@@ -135,7 +135,7 @@ class Executor:
             step=step,
             traffic=self.traffic,
             is_training=training,
-            on_wave=on_wave,
+            on_progress=on_progress,
         )
         self.store.begin_step()
         for task in self.steps if training else self.evaluation_steps:
@@ -189,8 +189,7 @@ class Executor:
             for width in widths:
                 inputs = self.calls.prompts(name, node, _no_prompts(num_prompts, width))
                 if self.calls.is_here(name):
-                    key = self.calls.key(name, 0, is_training=False)
-                    jax.block_until_ready(program(parameters, inputs, key))
+                    program.warm_up(parameters, inputs)
             del parameters
             if is_copied:
                 self.store.release(node.role, place)

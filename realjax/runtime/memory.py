@@ -1,12 +1,13 @@
 """Whether a run fits into its devices, worked out before anything is loaded."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
 
 from realjax.dataflow.account import GIB, Account
 from realjax.dataflow.schedule import Step
-from realjax.planner.memory import Work, account_counter, memory_account
+from realjax.planner.memory import Work, account_counter, fit_pools, memory_account
 from realjax.runtime.agreement import Agreement
 from realjax.runtime.run import Run
 
@@ -23,6 +24,15 @@ def device_bytes(run: Run) -> int:
     limits = [int(stats.get("bytes_limit", 0)) for stats in own]
     found = Agreement("memory of a device").gather(lambda: min(limits))
     return min(found)
+
+
+def with_fitting_pools(run: Run) -> Run:
+    """The run, its pools of keys and values no larger than its plan leaves room for."""
+    limit = device_bytes(run)
+    if not limit:
+        return run
+    plan = fit_pools(run.graph, run.plan, run.roles, run_work(run), limit_bytes=limit)
+    return dataclasses.replace(run, plan=plan)
 
 
 def run_account(run: Run) -> Account:

@@ -28,7 +28,8 @@ class Programs:
     """Makes the compiled function of each call once, and keeps it.
 
     Attributes:
-        made: programs by call and size of the batch.
+        made: programs by call and size of the batch; those that generate serve batches
+            of any size, so that they have one pool.
     """
 
     def __init__(
@@ -48,10 +49,33 @@ class Programs:
 
     def get(self, name: str, size: int = 0) -> Any:
         """The compiled function of a call, made once for each size of the batch."""
+        if isinstance(self.graph.calls[name].function, Generate):
+            return self._generating(name, size)
         key = (name, size)
         if key not in self.made:
             self.made[key] = self._make(name, size)
         return self.made[key]
+
+    def _generating(self, name: str, num_prompts: int) -> GenerateProgram:
+        """The program of a call that generates; made anew for a larger batch."""
+        node, place = self.graph.calls[name], self.plan.calls[name]
+        assert isinstance(node.function, Generate)
+        assert node.role is not None
+        num_rows = num_prompts * node.function.completions_per_prompt
+        settings = self.plan.rollout_settings(name, num_rows=num_rows)
+        found = self.made.get(name)
+        if found is not None and found.engine.settings.slots >= settings.slots:
+            return found
+        role = self.roles[node.role]
+        self.made[name] = GenerateProgram(
+            node.function,
+            role.program(place.allocation),
+            make_mesh(place.allocation),
+            eos_ids=role.eos_ids,
+            width=self.width,
+            settings=settings,
+        )
+        return self.made[name]
 
     def _make(self, name: str, size: int) -> Any:
         node, allocation = self.graph.calls[name], self.plan.calls[name].allocation
@@ -64,19 +88,6 @@ class Programs:
         assert node.role is not None
         role = self.roles[node.role]
         model = role.program(allocation)
-        if isinstance(spec, Generate):
-            rows = size * spec.completions_per_prompt
-            place = self.plan.calls[name]
-            shards = allocation.num_row_shards
-            wanted = min(place.rows or rows, rows)
-            return GenerateProgram(
-                spec,
-                model,
-                mesh,
-                eos_ids=role.eos_ids,
-                num_rows=-(-wanted // shards) * shards,
-                width=self.width,
-            )
         if isinstance(spec, Infer):
             return InferProgram(spec, model, mesh)
         assert isinstance(spec, Train)

@@ -82,6 +82,8 @@ def plan_for(config: RunConfig, graph: DataflowGraph, num_devices: int):
         allocation=config.allocation,
         allocations=config.allocations if fits else {},
         rows=config.rows,
+        pages=config.pages,
+        kv_dtype=config.kv_dtype,
         microbatch_tokens=config.microbatch_tokens
         or (2048 if on_cpu else 16384 * num_devices),
         offloaded=[name for name, role in config.roles.items() if role.offload],

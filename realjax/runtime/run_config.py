@@ -59,7 +59,11 @@ class RunConfig:
         allocations: by call, as in `allocations.rollout = "t4@0-3"`.
         allocations_devices: how many devices `allocations` is written for; with fewer
             it is left aside.
-        rows: by call: packed rows of a microbatch, or completions of a wave.
+        rows: by call: packed rows of a microbatch, or completions decoded at the same
+            time.
+        pages: by call that generates: of its pool of keys and values; 0 is enough for
+            any completions, or what `memory_gib` leaves free.
+        kv_dtype: by call that generates: of that pool; "" is the model's.
         microbatch_tokens: where `rows` does not say; 0 is 2048, or on GPU 16384 times
             the data shards.
         memory_gib: of a device, which the plan must fit; 0 asks the device, and where
@@ -87,6 +91,8 @@ class RunConfig:
     allocations: dict[str, str] = dataclasses.field(default_factory=dict)
     allocations_devices: int = 0
     rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    pages: dict[str, int] = dataclasses.field(default_factory=dict)
+    kv_dtype: dict[str, str] = dataclasses.field(default_factory=dict)
     microbatch_tokens: int = 0
     memory_gib: float = 0.0
     check_links: bool = True
@@ -105,9 +111,12 @@ class RunConfig:
         _check_least(self, 0, *names, "benchmark_steps", "max_nonfinite", "memory_gib")
         _check_least(self, 1, "epochs")
         profiled_steps(self.profile_steps)
-        for name, rows in self.rows.items():
-            if rows < 0:
-                raise ValueError(f"rows.{name} is {rows}; it must be at least 0.")
+        for field in ("rows", "pages"):
+            for name, count in getattr(self, field).items():
+                if count < 0:
+                    raise ValueError(
+                        f"{field}.{name} is {count}; it must be at least 0."
+                    )
         if self.wandb_project and importlib.util.find_spec("wandb") is None:
             raise ValueError(
                 f"wandb_project is {self.wandb_project!r} and the package `wandb` is "

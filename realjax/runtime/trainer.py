@@ -30,7 +30,7 @@ from realjax.runtime.evaluation import Evaluation, evaluate
 from realjax.runtime.executor import Executor
 from realjax.runtime.links import plan_links
 from realjax.runtime.measures import to_numbers
-from realjax.runtime.memory import fits_function, run_account
+from realjax.runtime.memory import fits_function, run_account, with_fitting_pools
 from realjax.runtime.model import Model
 from realjax.runtime.profile import Profiler
 from realjax.runtime.run import Run, load_parameters, prepare
@@ -109,7 +109,8 @@ class Trainer:
             self._opened = opened.pop_all()  # Nothing failed: `close` closes them.
 
     def _open(self, opened: contextlib.ExitStack) -> None:
-        run, config = self.run, self.run.config
+        self.run = run = with_fitting_pools(self.run)
+        config = run.config
         checkpoints = self.workdir / "checkpoints"
         opened.enter_context(
             claim_workdir(
@@ -209,8 +210,9 @@ class Trainer:
         begin = time.perf_counter()
         batch, epoch, is_epoch_end = self.loader.next_batch()
         step, watch = self.step + 1, self.executor.watch
-        with self.profiler.step(step, self.executor), self.console.waves() as on_wave:
-            found, buffer = self.executor.run(batch, step=step, on_wave=on_wave)
+        bar = self.console.rollout_progress()
+        with self.profiler.step(step, self.executor), bar as on_progress:
+            found, buffer = self.executor.run(batch, step=step, on_progress=on_progress)
             own = to_numbers(found)
             watch.wait()
         # A save has had this step's time. Were it still under way when later steps are

@@ -11,6 +11,7 @@ from realjax.functions.generate import GenerateProgram
 from realjax.functions.infer import InferProgram
 from realjax.parallel import Allocation, padded_for
 from realjax.rl.sampling import Sampling
+from realjax.rollout.settings import Settings
 from tests.functions.plain import (
     batch_on,
     mesh_of,
@@ -37,8 +38,8 @@ def rollout_of(family, text="d1"):
         model_on(text, config),
         mesh_of(text),
         eos_ids=EOS,
-        num_rows=SIZE,
         width=WIDTH,
+        settings=Settings(slots=SIZE, page_size=4),
     )
     parameters = parameters_on(text, config, sharp_parameters(config))
     prompts = {"prompts": PROMPTS, "lengths": LENGTHS, "ids": np.arange(8, dtype="u4")}

@@ -1,6 +1,5 @@
 """Generate: completions of a loop without cache, masks, waves, and what a row sees."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 from realjax.functions.function import Generate
 from realjax.functions.generate import GenerateProgram
 from realjax.rl.sampling import Sampling
+from realjax.rollout.settings import Settings
 from realjax.testing import tiny_model
 from tests.functions.plain import (
     batch_on,
@@ -37,7 +37,8 @@ SAMPLED = Sampling(temperature=0.9, max_new_tokens=LIMIT)
 @functools.cache
 def program_of(sampling=SAMPLED, *, eos=EOS, rows=8, group=1, place="d1", **options):
     spec = Generate(sampling=sampling, completions_per_prompt=group)
-    options = {"num_rows": rows, "width": WIDTH, "eos_ids": eos, **options}
+    settings = Settings(slots=rows, page_size=4, steps=3)
+    options = {"settings": settings, "width": WIDTH, "eos_ids": eos, **options}
     return GenerateProgram(spec, model_on(place, CONFIG), mesh_of(place), **options)
 
 
@@ -232,16 +233,14 @@ def test_rows_of_padding_yield_nothing():
         assert completions(found)[row] == completions(expected)[row]
 
 
-# -- waves and groups --------------------------------------------------------------
+# -- slots and groups ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "rows", [3, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 16))]
+    "slots", [3, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 16))]
 )
-def test_waves_give_what_one_batch_gives(rows):
-    program = program_of(rows=rows)
-    assert program.num_waves(8) == -(-8 // rows)
-    assert_same(generated(program), sampled())
+def test_any_number_of_slots_gives_the_same_completions(slots):
+    assert_same(generated(program_of(rows=slots)), sampled())
 
 
 @pytest.mark.parametrize("rows", [8, pytest.param(7, marks=pytest.mark.slow)])
@@ -262,40 +261,31 @@ def test_a_prompt_and_completion_wider_than_a_row_are_refused():
         generated(program)
 
 
-# -- the loop ----------------------------------------------------------------------
+# -- the engine ------------------------------------------------------------------------
 
 
-def test_the_loop_ends_with_the_longest_completion():
-    calls, model = [], model_on("d1", CONFIG)
-
-    def count(x, axes):
-        if axes == ("batch", None):  # The logits: of the prompts, then of each step.
-            jax.debug.callback(lambda: calls.append(1))
-        return model.partition.constrain(x, axes)
-
-    partition = dataclasses.replace(model.partition, constrain=count)
-    counting = dataclasses.replace(model, partition=partition)
-    program = program_of()
-    program = GenerateProgram(
-        program.spec, counting, program.mesh, eos_ids=EOS, num_rows=8, width=WIDTH
-    )
-    seen = set()
+def test_launches_end_with_the_longest_completion():
+    program, seen = program_of(), set()
     for num_rows in (0, 1, 2, 5, 8):
-        calls.clear()
         found = generated(program, np.where(np.arange(8) < num_rows, LENGTHS, 0))
-        jax.effects_barrier()
-        assert len(calls) - 1 == found.completion_mask.sum(axis=1).max()
-        seen.add(len(calls) - 1)
-    assert min(seen) == 0
-    assert len(seen) >= 3
+        longest = int(found.completion_mask.sum(axis=1).max())
+        work = program.engine.work
+        # One launch more is under way when the host reads that all have ended.
+        assert -(-longest // 3) <= work.num_launches <= -(-longest // 3) + 1
+        assert work.num_tokens == found.completion_mask.sum()
+        seen.add(work.num_launches)
+    assert min(seen) == 0 < max(seen)
 
 
 def test_other_lengths_and_data_compile_nothing_new():
     program = program_of.__wrapped__(rows=3)
+    inputs = {"prompts": PROMPTS, "lengths": LENGTHS, "ids": IDS}
+    program.warm_up(PARAMETERS(), inputs)
+    compiled = program.engine.programs.num_compiled
     for shift in range(3):
         generated(program, np.roll(LENGTHS, shift), ids=IDS + np.uint32(shift))
-        assert program._wave._cache_size() == 1
-        assert program._join._cache_size() == 1
+        assert program.engine.programs.num_compiled == compiled
+    assert program.engine.num_pools == 1
 
 
 @pytest.mark.parametrize(

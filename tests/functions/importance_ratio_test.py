@@ -17,6 +17,7 @@ from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.train import TrainProgram
 from realjax.rl.masking import Mean
 from realjax.rl.sampling import Sampling, is_kept
+from realjax.rollout.settings import Settings
 from realjax.testing import tiny_model
 from tests.functions.plain import (
     batch_on,
@@ -75,8 +76,8 @@ def rollout_of(name, place="d1"):
         model_on(place, CONFIG),
         mesh_of(place),
         eos_ids=EOS,
-        num_rows=SIZE,
         width=WIDTH,
+        settings=Settings(slots=SIZE, page_size=4),
     )
     parameters = parameters_on(place, CONFIG, sharp_parameters(CONFIG))
     inputs = {"lengths": LENGTHS, "ids": np.arange(SIZE, dtype=np.uint32)}

@@ -1,0 +1,211 @@
+"""The loop of a rollout on the host: it launches work and reads which rows ended."""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from realjax.core.arrays import Array, PyTree
+from realjax.models.pages import Pool
+from realjax.rollout.programs import Programs
+from realjax.rollout.rows import Rows
+from realjax.rollout.scheduler import Chunk, Copies, Launch, Scheduler
+from realjax.rollout.shard import Row
+
+LAG = 1
+"""Launches that run while the host waits for the report of the one before them."""
+
+FOREVER = np.int32(2**31 - 1)
+
+OnProgress = Callable[[int, int, int], None]
+"""Told rows that have ended, rows in all, and tokens sampled."""
+
+
+class New(NamedTuple):
+    """What a row has got, up to its end if that was in sight."""
+
+    ids: list[int]
+    logprobs: list[float]
+    entropy: list[float]
+    has_ended: bool
+
+
+OnTokens = Callable[[int, New], int | None]
+"""Told a row and what it has got; where the row ends by that although it has not ended
+itself, returns how many tokens its completion keeps in all."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Work:
+    """What a rollout took.
+
+    Attributes:
+        num_tokens: sampled, those that a stop string cut off included.
+        num_steps: tokens that decoding launches had room for: slots × steps.
+        num_prefilled: tokens of prompts, and of rows that came back.
+        num_preempted: rows that gave way to others for want of pages.
+        num_launches: of decoding.
+        host_seconds: of Python, waiting for the device left out.
+        seconds: in all.
+        most_pages: that were held at the same time, on all shards.
+        slots: row in every slot at every launch, -1 for none; kept if asked for.
+        held: pages held at every launch; kept if asked for.
+    """
+
+    num_tokens: int = 0
+    num_steps: int = 0
+    num_prefilled: int = 0
+    num_preempted: int = 0
+    num_launches: int = 0
+    host_seconds: float = 0.0
+    seconds: float = 0.0
+    most_pages: int = 0
+    slots: list[np.ndarray] = dataclasses.field(default_factory=list)
+    held: list[int] = dataclasses.field(default_factory=list)
+
+
+class LentPool:
+    """A pool, and the programs that take it and give it back."""
+
+    def __init__(self, programs: Programs, pool: Pool):
+        self._programs, self.pool = programs, pool
+
+    def prefill(self, parameters: PyTree, rows: Rows, chunk: Chunk) -> None:
+        """Launch a chunk of prefill."""
+        self.pool = self._programs.prefill(
+            parameters,
+            self.pool,
+            rows.tokens,
+            rows.prompt_lengths,
+            chunk.table,
+            np.int32(chunk.num_pages),
+            width=chunk.width,
+        )
+
+    def copy(self, copies: Copies) -> None:
+        """Launch copies of pages."""
+        self.pool = self._programs.copy(self.pool, copies.pages)
+
+    def decode(
+        self, parameters: PyTree, rows: Rows, launch: Launch
+    ) -> tuple[Rows, Array]:
+        """Launch steps of decoding; the rows, and a report for the host."""
+        self.pool, rows, report = self._programs.decode(
+            parameters, self.pool, rows, launch.table, np.int32(launch.num_pages)
+        )
+        return rows, report
+
+
+class Loop:
+    """One rollout: launches work and reads reports."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        num_rows: int,
+        *,
+        on_tokens: OnTokens | None,
+        on_progress: OnProgress | None,
+        is_traced: bool,
+    ):
+        """Takes rows that wait in the scheduler's shards."""
+        self.scheduler = scheduler
+        self.on_tokens, self.on_progress = on_tokens, on_progress
+        self.is_traced = is_traced
+        self.work = Work()
+        self.cuts = np.full(num_rows, FOREVER, np.int32)
+        self.is_stopped = np.zeros(num_rows, bool)
+        self._per_shard = num_rows // len(scheduler.shards)
+        self._lengths = np.zeros(num_rows, np.int64)  # As reported.
+        self._prompts = np.zeros(num_rows, np.int64)
+        self._is_over = np.ones(num_rows, bool)
+        for index, shard in enumerate(scheduler.shards):
+            for row in shard.waiting:
+                place = index * self._per_shard + row.index
+                self._lengths[place] = self._prompts[place] = row.length
+                self._is_over[place] = False
+        self._total = int((~self._is_over).sum())
+        self._reports: collections.deque = collections.deque()
+        self._waited = 0.0
+
+    def run(self, parameters: PyTree, pool: LentPool, rows: Rows) -> Rows:
+        """Launches until every row has ended."""
+        began = time.perf_counter()
+        while not self.scheduler.is_done:
+            for item in self.scheduler.next_items():
+                match item:
+                    case Chunk():
+                        pool.prefill(parameters, rows, item)
+                    case Copies():
+                        pool.copy(item)
+                    case Launch():
+                        rows, report = pool.decode(parameters, rows, item)
+                        report.copy_to_host_async()
+                        self._note(item)
+                        self._reports.append((report, item.rows))
+            while len(self._reports) > LAG:
+                self._read()
+        while self._reports:
+            self._read()
+        shards = self.scheduler.shards
+        self.work.num_prefilled = sum(s.num_prefilled for s in shards)
+        self.work.num_preempted = sum(s.num_preempted for s in shards)
+        self.work.host_seconds = time.perf_counter() - began - self._waited
+        return rows
+
+    def _note(self, launch: Launch) -> None:
+        work, room = self.work, self.scheduler.room
+        work.num_launches += 1
+        work.num_steps += len(launch.table) * room.steps
+        held = sum(room.num_pages - s.num_free_pages for s in self.scheduler.shards)
+        work.most_pages = max(work.most_pages, held)
+        if self.is_traced:
+            slots = np.full(len(launch.table), -1, np.int32)
+            for slot, row in launch.rows:
+                slots[slot] = self._place(slot, row)
+            work.slots.append(slots)
+            work.held.append(held)
+
+    def _place(self, slot: int, row: Row) -> int:
+        """A row's number in the rollout."""
+        return slot // self.scheduler.room.num_slots * self._per_shard + row.index
+
+    def _read(self) -> None:
+        """Takes note of what the oldest launch in flight did."""
+        report, rows = self._reports.popleft()
+        began = time.perf_counter()
+        found = np.asarray(report)
+        self._waited += time.perf_counter() - began
+        num_new = 0
+        for slot, row in rows:
+            place = self._place(slot, row)
+            has_ended, length = found[slot, 0], int(found[slot, 1])
+            if self._is_over[place]:
+                continue  # Its last launch was issued before that was known.
+            before, self._lengths[place] = self._lengths[place], length
+            num_new += length - int(before)
+            if self.on_tokens is not None:
+                new = _new(found[slot], length - int(before))
+                kept = self.on_tokens(place, new)
+                if kept is not None:
+                    self.cuts[place] = self._prompts[place] + kept
+                    self.is_stopped[place] = has_ended = True
+            if has_ended:
+                self._is_over[place] = True
+                if not row.has_ended:
+                    shard = self.scheduler.shards[slot // self.scheduler.room.num_slots]
+                    shard.end(row)
+        self.work.num_tokens += num_new
+        if self.on_progress is not None:
+            done = self._total - int((~self._is_over).sum())
+            self.on_progress(done, self._total, self.work.num_tokens)
+
+
+def _new(line: np.ndarray, count: int) -> New:
+    """Read a slot's line of a report, see `Programs.decode`."""
+    tokens, *floats = np.split(line[2:], 3)
+    logprobs, entropy = (part[:count].view(np.float32).tolist() for part in floats)
+    return New(tokens[:count].tolist(), logprobs, entropy, bool(line[0]))
