@@ -3,14 +3,20 @@
     python -m realjax.cli.sample --model=FOLDER --prompts=prompts.jsonl --n=4
     echo "The kettle arrived and" | python -m realjax.cli.sample --model=FOLDER
 
-A line holds `prompt`, `completion`, `ids`, `logprobs` (nats) and `finish_reason`:
-"stop" at an end-of-sequence token, else "length".
+A line holds `prompt`, `completion`, `ids`, `logprobs` and `entropy` (nats) and
+`finish_reason`: "stop" at an end-of-sequence token or a stop string, "length" at
+--max_new_tokens. Where a prompt cannot be continued it is "error", and `error` says
+why; the others are, and the exit status is 1.
+
+Lines are written in order while others are sampled. --output appears whole; what an
+interrupted command has sampled stays in a file beside it.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -37,16 +43,23 @@ def declare(values: flags.FlagValues, arguments: list[str]) -> list[str]:
         ("output", "", "JSON Lines file; by default the terminal."),
         ("allocation", "", "As in d2t4; by default data parallel over all devices."),
         ("dtype", "", "float32, bfloat16 or float16; by default bfloat16 on a GPU."),
+        ("kv_dtype", "", "Of keys and values: int8 say; by default the model's."),
         ("family", "", "Module of a family of your own, by its dotted name."),
     ):
         flags.DEFINE_string(name, default, about, flag_values=values)
     for name, default, about in (
         ("n", 1, "Completions per prompt."),
-        ("rows", 0, "Completions sampled at the same time; 0 means all."),
+        ("slots", 0, "Completions decoded at the same time; 0 means all, up to 64."),
+        ("pages", 0, "Of 16 tokens, for keys and values; 0 means as many as needed."),
         ("seed", 0, "Of the draws."),
         ("cpu_devices", 0, "Virtual devices, where there is no GPU."),
     ):
         flags.DEFINE_integer(name, default, about, flag_values=values)
+    for name, about in (
+        ("stop", "Ends a completion, whose text stands before it; may be repeated."),
+        ("bad_words", "A word that is never completed; may be repeated."),
+    ):
+        flags.DEFINE_multi_string(name, [], about, flag_values=values)
     define = {
         bool: flags.DEFINE_bool,
         int: flags.DEFINE_integer,
@@ -90,25 +103,36 @@ def main(values: flags.FlagValues) -> int:
     )
     prompts = _prompt_texts(found, model)
     console = Console(file=sys.stderr)
-    with console.waves() as on_wave:
-        completions = sample(
-            model,
-            prompts,
-            completions_per_prompt=values.n,
-            rows=values.rows,
-            seed=values.seed,
-            on_wave=on_wave,
-            **options,
-        )
-    lines = _lines(prompts, completions)
-    if output is None:
-        print("\n".join(lines))
-    else:
-        partial = output.with_name(f".{output.name}.partial")
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.replace(output)
-        console.print(f"{len(lines)} completions in {output}")
-    return 0
+    target = (
+        _lines_to_stream(sys.stdout)
+        if output is None
+        else _lines_to_file(output, console)
+    )
+    with target as write:
+        lines = Lines(prompts, write)
+        try:
+            with console.rollout_progress() as on_progress:
+                completions = sample(
+                    model,
+                    prompts,
+                    completions_per_prompt=values.n,
+                    seed=values.seed,
+                    stop=values.stop,
+                    bad_words=values.bad_words,
+                    slots=values.slots,
+                    pages=values.pages,
+                    kv_dtype=values.kv_dtype,
+                    on_progress=on_progress,
+                    on_completion=lines.add,
+                    **options,
+                )
+        finally:
+            lines.close()
+    failed = {one.prompt: one.error for one in completions if one.error}
+    if failed:
+        first = next(iter(failed.values()))
+        console.print(f"{len(failed)} of {len(prompts)} prompts failed. {first}")
+    return 1 if failed else 0
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -157,20 +181,91 @@ def _prompt_texts(found: list, model: Model) -> list[str]:
     ]
 
 
-def _lines(prompts: Sequence[str], completions: Iterable[Completion]) -> list[str]:
-    return [
-        json.dumps(
-            {
-                "prompt": prompts[one.prompt],
-                "completion": one.text,
-                "ids": one.ids,
-                "logprobs": one.logprobs,
-                "finish_reason": one.finish_reason,
-            },
-            ensure_ascii=False,
-        )
-        for one in completions
-    ]
+class Lines:
+    """Writes completions in the order of their places, as they come.
+
+    Args:
+        prompts: texts.
+        write: takes a line.
+    """
+
+    def __init__(self, prompts: Sequence[str], write: Callable[[str], None]):
+        self._prompts, self._write = prompts, write
+        self._next, self._waiting = 0, {}
+
+    def add(self, place: int, completion: Completion) -> None:
+        """Takes a completion, in any order."""
+        self._waiting[place] = completion
+        while self._next in self._waiting:
+            self._write(_line(self._prompts, self._waiting.pop(self._next)))
+            self._next += 1
+
+    def close(self) -> None:
+        """Writes those that waited for others, which will not come."""
+        for _, completion in sorted(self._waiting.items()):
+            self._write(_line(self._prompts, completion))
+        self._waiting = {}
+
+
+def _line(prompts: Sequence[str], completion: Completion) -> str:
+    fields = {
+        "prompt": prompts[completion.prompt],
+        "completion": completion.text,
+        "ids": completion.ids,
+        "logprobs": completion.logprobs,
+        "entropy": completion.entropy,
+        "finish_reason": completion.finish_reason,
+    }
+    if completion.error:
+        fields["error"] = completion.error
+    return json.dumps(fields, ensure_ascii=False)
+
+
+@contextlib.contextmanager
+def _lines_to_file(
+    output: pathlib.Path, console: Console
+) -> Iterator[Callable[[str], None]]:
+    """Yields what writes a line to a file, which appears when all are written.
+
+    If that does not come to pass, they stay in a file beside it, which is named.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    num_lines = 0
+    with contextlib.ExitStack() as stack:
+        file = None
+
+        def write(line: str) -> None:
+            nonlocal file, num_lines
+            if file is None:
+                file = stack.enter_context(partial.open("w", encoding="utf-8"))
+            print(line, file=file, flush=True)
+            num_lines += 1
+
+        try:
+            yield write
+        except BaseException:
+            if num_lines:
+                console.print(f"{num_lines} completions are in {partial}")
+            raise
+    partial.replace(output)
+    console.print(f"{num_lines} completions in {output}")
+
+
+@contextlib.contextmanager
+def _lines_to_stream(stream: Any) -> Iterator[Callable[[str], None]]:
+    """Yields what prints a line, after the progress bar where the stream is a terminal.
+
+    A bar takes the name sys.stdout for its own while it is drawn.
+    """
+    lines: list[str] = []
+    try:
+        if stream.isatty():
+            yield lines.append
+        else:
+            yield lambda line: print(line, file=stream, flush=True)
+    finally:
+        for line in lines:
+            print(line, file=stream)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,26 @@ class Console:
         with self._any_progress(description, "waves") as show:
             yield show
 
+    @contextlib.contextmanager
+    def rollout_progress(
+        self, description: str = "generating"
+    ) -> Iterator[Callable[[int, int, int], None]]:
+        """Shows how far a rollout is, in completions and tokens per second.
+
+        Yields:
+            `on_progress(completions_done, completions_in_all, tokens)`.
+        """
+        begin = self._clock()
+        with self._any_progress(description, "completions") as show:
+
+            def on_progress(done: int, total: int, num_tokens: int) -> None:
+                seconds = max(self._clock() - begin, 1e-9)
+                tokens = _short_number(num_tokens)
+                speed = _short_number(num_tokens / seconds)
+                show(done, total, f"{tokens} tokens, {speed} tok/s")
+
+            yield on_progress
+
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     ) -> None:
@@ -198,17 +218,17 @@ class Console:
     @contextlib.contextmanager
     def _any_progress(
         self, description: str, unit: str
-    ) -> Iterator[Callable[[int, int], None]]:
-        """Yields `show(done, total)`: a bar, plain lines, or nothing inside a bar."""
+    ) -> Iterator[Callable[..., None]]:
+        """Yields `show(done, total, note="")`: a bar, or lines, or nothing in a bar."""
         if self._console.quiet or self._has_bar:
-            yield lambda done, total: None
+            yield lambda done, total, note="": None
         elif self._console.is_terminal:
             self._has_bar = True
             try:
                 with _bar(self._console) as bar:
-                    task = bar.add_task(description, total=None)
-                    yield lambda done, total: bar.update(
-                        task, completed=done, total=total
+                    task = bar.add_task(description, total=None, note="")
+                    yield lambda done, total, note="": bar.update(
+                        task, completed=done, total=total, note=note
                     )
             finally:
                 self._has_bar = False
@@ -231,7 +251,7 @@ class _PlainProgress:
         self._clock = clock
         self._begin = self._last = clock()
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, note: str = "") -> None:
         now = self._clock()
         if now - self._last < _PLAIN_SECONDS:
             return
@@ -239,9 +259,8 @@ class _PlainProgress:
         unit = f" {self._unit}" if self._unit else ""
         spent = now - self._begin
         left = f", {_duration(spent / done * (total - done))} left" if done else ""
-        self._print(
-            f"{self._description}: {done} of {total}{unit}, {_duration(spent)}{left}"
-        )
+        parts = f"{done} of {total}{unit}" + (f", {note}" if note else "")
+        self._print(f"{self._description}: {parts}, {_duration(spent)}{left}")
 
 
 def _bar(console: rich.console.Console) -> rich.progress.Progress:
@@ -249,6 +268,7 @@ def _bar(console: rich.console.Console) -> rich.progress.Progress:
         rich.progress.TextColumn("[bold blue]{task.description}", markup=True),
         rich.progress.BarColumn(bar_width=32),
         rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.fields[note]}", markup=False),
         rich.progress.TimeRemainingColumn(),
         console=console,
         transient=True,
