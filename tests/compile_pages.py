@@ -20,7 +20,7 @@ from pallas_kernels.testing import aot
 from realjax.models import axes, pages
 from realjax.models.families import llama
 from realjax.models.parameters import abstract_parameters
-from realjax.models.transformer import extend_pages
+from realjax.models.transformer import extend
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import make_mesh
 from realjax.parallel.partition import partition_for
@@ -69,7 +69,7 @@ def main(strategy: str, page_size: int, dtype: str, num_tokens: int) -> None:
 
     def step(parameters, tokens, pool, rows):
         options = {"dtype": jnp.bfloat16, "partition": partition}
-        return extend_pages(parameters, config, tokens, pool, **rows, **options)
+        return extend(parameters, config, tokens, pool, **rows, **options)
 
     report = aot.compile_for(
         machine,

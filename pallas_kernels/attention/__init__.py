@@ -1,5 +1,5 @@
-"""Causal attention over packed rows and over the slots of a cache."""
+"""Causal attention over packed rows."""
 
-from pallas_kernels.attention.api import attention, cached_attention, explain
+from pallas_kernels.attention.api import attention, explain
 
-__all__ = ["attention", "cached_attention", "explain"]
+__all__ = ["attention", "explain"]

@@ -1,7 +1,7 @@
 """The attention functions models call, and the choice of an implementation.
 
 cudnn      on GPU, where each row is one segment and nothing is exotic
-dense      all scores of a row at once: short rows, steps of decoding
+dense      all scores of a row at once: short rows
 blocked    scores of a block at a time: everything else
 """
 
@@ -39,7 +39,6 @@ class Request:
     soft_cap: float | None = None
     scale: float | str | None = None
     is_packed: bool = True
-    is_cached: bool = False
 
 
 def attention(
@@ -115,65 +114,6 @@ def attention(
     return _attend(choice, form, query, key, value, visibility, scale)
 
 
-def cached_attention(
-    query: Float[Array, "B T H K"],
-    keys: Float[Array, "B N S K"],
-    values: Float[Array, "B N S K"],
-    *,
-    start: Int[Array, ""],
-    first_slot: Int[Array, " B"],
-    window: int | Int[Array, ""] | None = None,
-    soft_cap: float | None = None,
-    scale: float | Float[Array, ""] | None = None,
-    implementation: str | None = None,
-) -> Float[Array, "B T H K"]:
-    """Attend from the T tokens at slots `start` to `start + T` to a cache.
-
-    Key slot j is visible to the token at slot i of sequence b if and only if
-    first_slot[b] <= j <= i, and i - j < window. The outputs of tokens before the first
-    slot are finite and mean nothing.
-
-    Args:
-        query: of the new tokens; their keys and values are in the cache already.
-        keys: of every slot.
-        values: of every slot.
-        start: slot of the first query.
-        first_slot: slot of each sequence's first token.
-        window: as in `attention`, of slots.
-        soft_cap: as in `attention`.
-        scale: as in `attention`.
-        implementation: "dense" or "blocked"; None chooses.
-
-    Returns:
-        One vector per new token and query head, in the query's dtype.
-    """
-    batch, num_kv_heads, num_slots, head_dim = keys.shape
-    request = Request(
-        query_shape=query.shape,
-        key_shape=(batch, num_slots, num_kv_heads, head_dim),
-        dtype=query.dtype,
-        device=_dispatch.device(),
-        window=_known(window),
-        soft_cap=soft_cap,
-        scale=_known(scale),
-        is_cached=True,
-    )
-    choice = _choose(request, implementation)
-    slots = jnp.arange(num_slots, dtype=jnp.int32)
-    new = jnp.arange(query.shape[1], dtype=jnp.int32)
-    places = jnp.asarray(start, jnp.int32) + new
-    visibility = reference.Visibility(
-        query_segments=(places[None, :] >= first_slot[:, None]).astype(jnp.int32),
-        key_segments=(slots[None, :] >= first_slot[:, None]).astype(jnp.int32),
-        query_places=places,
-        key_places=slots,
-        window=_as_array(window),
-    )
-    form = reference.Form(True, soft_cap)
-    keys, values = keys.astype(query.dtype), values.astype(query.dtype)
-    return _attend(choice, form, query, keys, values, visibility, scale)
-
-
 def explain(
     query_shape: tuple[int, ...],
     key_shape: tuple[int, ...],
@@ -187,12 +127,12 @@ def explain(
 
     Args:
         query_shape: [B, T, H, K].
-        key_shape: [B, S, N, K]; of a cache, S are its slots.
+        key_shape: [B, T, N, K].
         dtype: of the query.
         device: the one to attend on; None is the one of this process.
         implementation: as in `attention`.
         **options: `causal`, `window`, `soft_cap`, `scale` and `is_packed` of
-            `attention`, a traced window or scale as "traced"; and `is_cached`.
+            `attention`, a traced window or scale as "traced".
     """
     request = Request(
         query_shape=query_shape,
@@ -255,8 +195,6 @@ def _attend(
 
 
 def _cudnn_unsupported(request: Request) -> str | None:
-    if request.is_cached:
-        return "it reads rows, and this is a cache"
     if request.is_packed:
         return "rows are packed; it takes rows of one segment, is_packed=False"
     if not request.causal:
@@ -275,8 +213,8 @@ def _dense_unwise(request: Request) -> str | None:
     num_rows, num_tokens, num_heads, _ = request.query_shape
     if num_tokens > LONGEST_DENSE_ROW:
         return f"rows have {num_tokens} tokens, more than {LONGEST_DENSE_ROW}"
-    num_scores = num_rows * num_heads * num_tokens * request.key_shape[1]
-    if num_tokens > 1 and num_scores > MOST_DENSE_SCORES:
+    num_scores = num_rows * num_heads * num_tokens**2
+    if num_scores > MOST_DENSE_SCORES:
         return f"there are {num_scores} scores, more than {MOST_DENSE_SCORES}"
     return None
 

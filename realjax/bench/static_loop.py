@@ -118,7 +118,7 @@ class StaticLoop:
     def _extend(self, parameters, tokens, pool: Pool, start):
         batch, count = tokens.shape
         of_rows = functools.partial(jnp.full, (batch,), dtype=jnp.int32)
-        return transformer.extend_pages(
+        return transformer.extend(
             parameters,
             self.program.config,
             tokens,

@@ -1,6 +1,6 @@
 """The attention layer: projections and rotation around an attention function.
 
-What is attended to, the tokens of a packed row or the slots of a cache, is the
+What is attended to, the tokens of a packed row or those in pages, is the
 `attend` function passed in; the layer is the same for both.
 """
 
@@ -19,7 +19,7 @@ from realjax.models.norm import Norm
 from realjax.models.partition import WHOLE, Partition
 from realjax.models.projection import Projection
 
-# (query, key, value) -> (output, whatever the caller wants back, such as a cache)
+# (query, key, value) -> (output, whatever the caller wants back, such as a pool)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 

@@ -18,7 +18,6 @@ QUERY: Axes = ("batch", "length", "heads", "head_dim")
 KEY_VALUE: Axes = ("batch", "length", "kv_heads", "head_dim")
 MLP: Axes = ("batch", "length", "mlp")
 ROUTER: Axes = ("batch", "length", None)
-CACHE: Axes = ("layer", "batch", "kv_heads", "slots", "head_dim")
 # Every device has the pages of its own rows, of all layers.
 PAGES: Axes = (None, "pages", "kv_heads", "slots", "head_dim")
 PAGE_SCALES: Axes = PAGES[:-1]

@@ -69,7 +69,7 @@ class Partition:
     linear_logprob: Callable[..., tuple[Array, Array]] | None = None
 
     def num_kv_heads(self, num_kv_heads: int) -> int:
-        """Key and value heads in activations and in the cache.
+        """Key and value heads in activations and in pages.
 
         The least common multiple divides the query heads, as both of its terms do, and
         gives each part just the heads its queries read.

@@ -1,4 +1,4 @@
-"""The decoder-only transformer: full forward pass, cached forward pass.
+"""The decoder-only transformer: all of some rows, or what comes next.
 
     tokens -> embedding -> L x [ norm, attention, +, norm, mlp, + ] -> norm -> hidden
 
@@ -17,15 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.attention import attention, cached_attention
+from pallas_kernels.attention import attention
 from pallas_kernels.paged_attention import paged_attention
 from realjax.core.arrays import Array, Float, Int, PyTree, UInt
 from realjax.models import block as block_lib
-from realjax.models import cache as cache_lib
 from realjax.models import pages as pages_lib
 from realjax.models import rotary
 from realjax.models.axes import (
-    CACHE,
     EMBEDDED,
     KEY_VALUE,
     OF_ROWS,
@@ -35,7 +33,6 @@ from realjax.models.axes import (
     SCALAR,
 )
 from realjax.models.block import INIT_DEVIATION, LAYER_INPUT, Block
-from realjax.models.cache import Cache
 from realjax.models.config import ModelConfig
 from realjax.models.moe import RouterSums, router_sums
 from realjax.models.norm import Norm
@@ -54,7 +51,6 @@ __all__ = [
     "Parameter",
     "abstract_parameters",
     "extend",
-    "extend_pages",
     "hidden_states",
     "init_parameters",
     "run",
@@ -180,89 +176,6 @@ def run(
 
 
 def extend(
-    parameters: PyTree,
-    config: ModelConfig,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    cache: Cache,
-    *,
-    start: Int[Array, ""] | int,
-    first_slot: Int[Array, " B"],
-    dtype: DTypeLike = jnp.float32,
-    partition: Partition = WHOLE,
-) -> tuple[Float[Array, "B T D"], Cache]:
-    """Run the model over the next T tokens of every sequence, with a cache.
-
-    With start = 0 and T = P this reads right-aligned prompts; with T = 1 it is one
-    step of decoding. Key slot j is visible to the token at slot i of sequence b if and
-    only if first_slot[b] <= j <= i, and i - j is below the layer's window.
-
-    Args:
-        parameters: tree of `abstract_parameters(config)`.
-        config: of the model.
-        tokens: ids of the tokens at slots start to start + T.
-        positions: place of each token in its own sequence, slot - first_slot; anything
-            before the first slot.
-        cache: keys and values of the slots before `start`.
-        start: slot of the first token given. With the number 0, known before tracing,
-            the tokens attend to each other and the cache is only written.
-        first_slot: slot of each sequence's first token.
-        dtype: of the activations and of the matrix products.
-        partition: how the work is split; the layers are always scanned.
-
-    Returns:
-        Hidden states after the final norm (meaningless before the first slot), and the
-        cache with the new slots written.
-    """
-    block = Block(config, dtype, partition)
-    slots = jnp.asarray(start, jnp.int32) + jnp.arange(tokens.shape[1])
-    segment_ids = (slots[None, :] >= first_slot[:, None]).astype(jnp.int32)
-    rotations = ()
-    if config.positions == "rotary":
-        # What is known of a sequence's length when its token is written.
-        known = jnp.broadcast_to(slots[-1] + 1 - first_slot[:, None], tokens.shape)
-        rotations = _rotations(config, positions, known)
-
-    def layer(carry: tuple[Array, Cache], index: Array):
-        x, cache = carry
-        weights, traits = jax.tree.map(
-            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False),
-            _stacked(parameters, config),
-        )
-
-        def attend(query: Array, key: Array, value: Array) -> tuple[Array, Cache]:
-            written = cache_lib.write(cache, traits.index, start, key, value)
-            written = Cache(*(partition.constrain(s, CACHE) for s in written))
-            options = _attention_options(config, traits)
-            if isinstance(start, int) and start == 0:
-                attended = attention(
-                    query, key, value, segment_ids=segment_ids, **options
-                )
-                return attended, written
-            keys, values = cache_lib.layer_of(written, traits.index)
-            attended = cached_attention(
-                query,
-                keys,
-                values,
-                start=jnp.asarray(start),
-                first_slot=first_slot,
-                **options,
-            )
-            return attended, written
-
-        turned = block_lib.rotation(rotations, traits)
-        x, cache, _ = _apply(block, weights, x, turned, attend, segment_ids)
-        return (x, cache), None
-
-    x = _embed(parameters, config, tokens, positions, dtype, partition)
-    # The cache is in the carry: as scanned inputs and outputs it would be copied whole.
-    # Layers that only pad the stack are not run.
-    carry = (partition.constrain(x, RESIDUAL), cache)
-    (x, cache), _ = jax.lax.scan(layer, carry, jnp.arange(config.num_layers))
-    return _final_norm(parameters, config, x, dtype), cache
-
-
-def extend_pages(
     parameters: PyTree,
     config: ModelConfig,
     tokens: Int[Array, "B T"],

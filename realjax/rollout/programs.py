@@ -444,7 +444,7 @@ class Programs:
 
     def _extend(self, parameters, tokens, pool, pages, **places):
         program = self.program
-        return transformer.extend_pages(
+        return transformer.extend(
             parameters,
             program.config,
             tokens,

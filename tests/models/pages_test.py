@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from pallas_kernels.testing.hlo import collectives
 from realjax.models import pages as pages_lib
 from realjax.models.parameters import abstract_parameters
-from realjax.models.transformer import extend_pages, run
+from realjax.models.transformer import extend, run
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import make_mesh
 from realjax.parallel.partition import partition_for
@@ -92,7 +92,7 @@ class Model:
             lambda: pages_lib.empty(config, num_pages, PAGE_SIZE, dtype, partition)
         )()
         self.step = jax.jit(
-            functools.partial(extend_pages, config=config, partition=partition),
+            functools.partial(extend, config=config, partition=partition),
             donate_argnames="pool",
         )
 

@@ -1,4 +1,4 @@
-"""The transformer: packing, padding, the cache, recomputation, and shardings."""
+"""The transformer: packing, padding, pages, recomputation, and shardings."""
 
 import dataclasses
 import functools
@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from realjax.models import cache, heads
+from realjax.models import heads, pages
 from realjax.models.config import ModelConfig
 from realjax.models.transformer import (
     INIT_DEVIATION,
     Parameter,
     abstract_parameters,
-    extend,
     hidden_states,
     init_parameters,
 )
@@ -27,6 +26,7 @@ from realjax.parallel.sharding import (
     replicated,
     rows_sharding,
 )
+from tests.models.paged import extend
 
 CONFIG = ModelConfig(
     vocab_size=32,
@@ -204,43 +204,29 @@ def test_bfloat16_is_within_its_rounding_of_float32(parameters):
     assert error.mean() < 0.02
 
 
-@jax.jit
-def step(parameters, tokens, positions, state, start, first_slot):
-    return extend(
-        parameters,
-        CONFIG,
-        tokens,
-        positions,
-        state,
-        start=start,
-        first_slot=first_slot,
-    )
+step = jax.jit(extend, static_argnums=1)
 
 
 def test_prompts_then_single_tokens_are_as_the_whole_rows(parameters):
-    # Sequences of 3 + 4 and 5 + 4 tokens, the prompts right-aligned in 5 slots.
-    first_slot = jnp.asarray([2, 0], jnp.int32)
-    whole = draw_tokens(2, 9)
-    in_slots = jnp.stack([jnp.roll(whole[0], 2), whole[1]])
-    slots = jnp.arange(5, dtype=jnp.int32)[None]
-    positions = jnp.maximum(slots - first_slot[:, None], 0)
-    state = cache.empty(CONFIG, 2, 12, jnp.float32)
-    hidden, state = step(
-        parameters, in_slots[:, :5], positions, state, jnp.int32(0), first_slot
+    # Sequences of 3 + 4 and 5 + 4 tokens.
+    lengths, whole = np.array([3, 5]), draw_tokens(2, 9)
+    pool = pages.empty(CONFIG, 2, 12, "float32")
+    hidden, pool = step(
+        *(parameters, CONFIG, whole[:, :5], pool), start=0, counts=jnp.asarray(lengths)
     )
-    parts = [hidden]
-    for slot in range(5, 9):
-        token = in_slots[:, slot : slot + 1]
-        position = (slot - first_slot)[:, None]
-        hidden, state = step(
-            parameters, token, position, state, jnp.int32(slot), first_slot
-        )
-        parts.append(hidden)
-    hidden = jnp.concatenate(parts, axis=1)
+    rows = [[hidden[row, :length]] for row, length in enumerate(lengths)]
+    for _ in range(4):
+        token = whole[np.arange(2), lengths][:, None]
+        hidden, pool = step(parameters, CONFIG, token, pool, start=jnp.asarray(lengths))
+        for row, parts in enumerate(rows):
+            parts.append(hidden[row])
+        lengths = lengths + 1
     expected = run_rows(parameters, whole)
-    np.testing.assert_allclose(hidden[0, 2:], expected[0, :7], atol=1e-4)
-    np.testing.assert_allclose(hidden[1], expected[1], atol=1e-4)
-    assert not state.keys[:, :, :, 9:].any()
+    for row, length in enumerate((7, 9)):
+        found = jnp.concatenate(rows[row])
+        np.testing.assert_allclose(found, expected[row, :length], atol=1e-4)
+        assert pool.keys[:, row, :, :length].any(axis=(0, 1, 3)).all()
+        assert not pool.keys[:, row, :, length:].any()
 
 
 @pytest.mark.parametrize(
@@ -283,34 +269,30 @@ def test_sharded_gradients_are_those_of_one_device(parameters, allocation):
     assert_trees_close(jax.device_get(found), one_device(parameters, tokens), 1e-6)
 
 
-@pytest.mark.parametrize("allocation", ("f4", "t4"))
-def test_a_sharded_cache_says_what_one_device_says(parameters, allocation):
+@pytest.mark.parametrize(("allocation", "num_parts"), [("f4", 4), ("t4", 1)])
+def test_a_sharded_pool_says_what_one_device_says(parameters, allocation, num_parts):
     mesh = make_mesh(Allocation.parse(allocation))
     shardings = parameter_shardings(abstract_parameters(CONFIG), mesh)
-    tokens, first_slot = draw_tokens(4, 6), jnp.zeros(4, jnp.int32)
-    partition = partition_for(mesh)
-    sharded = jax.jit(
-        functools.partial(
-            extend, config=CONFIG, start=jnp.int32(0), partition=partition
-        )
-    )
-    found, found_cache = sharded(
+    tokens, partition = draw_tokens(4, 6), partition_for(mesh)
+    sharded = functools.partial(extend, num_parts=num_parts, partition=partition)
+    found, found_pool = jax.jit(sharded, static_argnums=1)(
         jax.device_put(parameters, shardings),
-        tokens=tokens,
-        positions=positions_of(tokens),
-        cache=cache.empty(CONFIG, 4, 8, jnp.float32, partition),
-        first_slot=first_slot,
+        CONFIG,
+        tokens,
+        pages.empty(CONFIG, 4, 8, "float32", partition),
+        start=0,
     )
-    state = cache.empty(CONFIG, 4, 8, jnp.float32)
-    expected, expected_cache = step(
-        parameters, tokens, positions_of(tokens), state, jnp.int32(0), first_slot
-    )
+    pool = pages.empty(CONFIG, 4, 8, "float32")
+    expected, expected_pool = step(parameters, CONFIG, tokens, pool, start=0)
     assert_trees_close(jax.device_get(found), expected)
     # 2 key heads over 4 parts: each is there twice.
-    repeats = found_cache.keys.shape[2] // expected_cache.keys.shape[2]
+    repeats = found_pool.keys.shape[2] // expected_pool.keys.shape[2]
     assert repeats == (2 if allocation == "t4" else 1)
-    repeated = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=2), expected_cache)
-    assert_trees_close(jax.device_get(found_cache), repeated)
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=2), expected_pool)
+    assert_trees_close(jax.device_get(found_pool), repeated)
+    # Every device has a quarter: of the pages, or of the heads.
+    (quarter,) = {shard.data.nbytes for shard in found_pool.keys.addressable_shards}
+    assert 4 * quarter == found_pool.keys.nbytes
 
 
 def test_parameters_drawn_into_shardings_are_those_drawn_on_one_device():

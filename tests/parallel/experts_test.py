@@ -12,8 +12,7 @@ from pallas_kernels.testing import hlo
 from realjax.algorithms import sft
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.train import TrainProgram
-from realjax.models import transformer
-from realjax.models.cache import empty as empty_cache
+from realjax.models import pages
 from realjax.models.config import MoEConfig
 from realjax.models.experts import Choice, ExpertKernels, apply_experts
 from realjax.parallel import (
@@ -33,6 +32,7 @@ from tests.functions.plain import (
     parameters_on,
     sharp_parameters,
 )
+from tests.models.paged import extend
 
 B, T, D, F, E, TOP_K = 8, 32, 16, 24, 8, 2
 FAST = ("e4", "f2e2t2+sequence")
@@ -281,29 +281,24 @@ def test_layers_that_are_computed_again_give_the_same_gradient(place, remat):
 def generated(place):
     """Hidden states of eight tokens: seven at once, then one."""
     partition = model_on(place, MODEL).partition
+    num_parts = Allocation.parse(place).num_row_shards
     tokens = np.maximum(np.asarray(BATCH["tokens"])[:, :8], 2)
-    positions = np.broadcast_to(np.arange(8, dtype=np.int32), tokens.shape)
 
     @jax.jit
-    def run(parameters, tokens, positions):
-        cache = empty_cache(MODEL, 8, 8, jnp.float32, partition)
-        hidden = []
+    def run(parameters, tokens):
+        pool, hidden = pages.empty(MODEL, 8, 8, "float32", partition), []
         for start, end in ((0, 7), (7, 8)):
-            part, cache = transformer.extend(
-                parameters,
-                MODEL,
-                tokens[:, start:end],
-                positions[:, start:end],
-                cache,
-                start=jnp.int32(start),
-                first_slot=jnp.zeros(8, jnp.int32),
+            part, pool = extend(
+                *(parameters, MODEL, tokens[:, start:end], pool),
+                start=start,
+                num_parts=num_parts,
                 partition=partition,
             )
             hidden.append(part)
         return jnp.concatenate(hidden, axis=1)
 
     parameters = parameters_on(place, MODEL, sharp_parameters(MODEL))
-    return jax.device_get(run(parameters, tokens, positions))
+    return jax.device_get(run(parameters, tokens))
 
 
 @pytest.mark.parametrize("place", slow(["e2", "e2t2", "d2e4"]))

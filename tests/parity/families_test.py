@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from realjax.models import cache, heads, hf
+from realjax.models import heads, hf, pages
 from realjax.models.families import names
-from realjax.models.transformer import extend, hidden_states
+from realjax.models.transformer import hidden_states
+from tests.models.paged import extend
 from tests.parity import make_exports
 from tests.parity.make_exports import FAMILIES as DATA
 
@@ -31,8 +32,6 @@ SAMPLE = (
     *("qwen3_window", "qwen3_moe_normalized", "exported_scalar_gemma2"),
 )
 PROMPT = 8
-# Slots before the prompt, as beside longer prompts.
-UNUSED = 3
 
 
 def sampled(folders):
@@ -60,33 +59,20 @@ def hidden_of(parameters, config, tokens):
 
 @functools.partial(jax.jit, static_argnums=(1, 3))
 def greedy_of(parameters, config, prompts, num_new):
-    """Continue prompts with a cache: read them, then one token a step."""
-    first_slot = jnp.full(len(prompts), UNUSED, jnp.int32)
+    """Continue prompts with pages: read them, then one token a step."""
 
-    def next_token(tokens, start, state):
-        positions = start - UNUSED + jnp.arange(tokens.shape[1])
-        hidden, state = extend(
-            parameters,
-            config,
-            tokens,
-            jnp.broadcast_to(positions, tokens.shape),
-            state,
-            start=start,
-            first_slot=first_slot,
-        )
+    def next_token(tokens, start, pool):
+        hidden, pool = extend(parameters, config, tokens, pool, start=start)
         logits = heads.logits(parameters, config, hidden[:, -1])
-        return jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32), state
+        return jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32), pool
 
     def step(carry, start):
-        tokens, state = next_token(carry[0], start, carry[1])
-        return (tokens, state), carry[0][:, 0]
+        tokens, pool = next_token(carry[0], start, carry[1])
+        return (tokens, pool), carry[0][:, 0]
 
-    slots = UNUSED + PROMPT + num_new
-    state = cache.empty(config, len(prompts), slots, jnp.float32)
-    padded = jnp.pad(prompts, ((0, 0), (UNUSED, 0)))
-    first = next_token(padded, jnp.int32(0), state)
-    starts = UNUSED + PROMPT + jnp.arange(num_new)
-    return jax.lax.scan(step, first, starts)[1].T
+    pool = pages.empty(config, len(prompts), PROMPT + num_new, "float32")
+    first = next_token(prompts, 0, pool)
+    return jax.lax.scan(step, first, PROMPT + jnp.arange(num_new))[1].T
 
 
 def test_every_family_has_checkpoints_and_an_export():
@@ -151,7 +137,7 @@ def test_scalars_are_those_of_transformers(name):
 
 
 @pytest.mark.parametrize("name", sampled(LANGUAGE))
-def test_greedy_tokens_with_a_cache_are_those_of_transformers(name):
+def test_greedy_tokens_with_pages_are_those_of_transformers(name):
     config, parameters, numbers = load(name)
     prompts, expected = numbers["tokens"][:, :PROMPT], numbers["greedy"]
     greedy = greedy_of(parameters, config, prompts, expected.shape[1])

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from realjax.models import cache, heads, hf
-from realjax.models.transformer import extend, hidden_states
+from realjax.models import heads, hf, pages
+from realjax.models.transformer import hidden_states
+from tests.models.paged import extend
 from tests.parity import make_exports
 from tests.parity.make_exports import DATA
 
@@ -56,31 +57,21 @@ def test_scalars_are_those_of_transformers(name):
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
-def test_greedy_tokens_with_a_cache_are_those_of_transformers(name):
+def test_greedy_tokens_with_pages_are_those_of_transformers(name):
     config, parameters, numbers = load(name)
     prompts, expected = numbers["tokens"][:, :8], numbers["greedy"]
-    first_slot = jnp.zeros(2, jnp.int32)
 
     @jax.jit
-    def next_tokens(tokens, start, state):
-        positions = start + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, state = extend(
-            parameters,
-            config,
-            tokens,
-            positions,
-            state,
-            start=start,
-            first_slot=first_slot,
-        )
+    def next_tokens(tokens, start, pool):
+        hidden, pool = extend(parameters, config, tokens, pool, start=start)
         logits = heads.logits(parameters, config, hidden[:, -1])
-        return jnp.argmax(logits, axis=-1)[:, None], state
+        return jnp.argmax(logits, axis=-1)[:, None], pool
 
-    state = cache.empty(config, 2, 24, jnp.float32)
-    tokens, state = next_tokens(prompts, jnp.int32(0), state)
+    pool = pages.empty(config, 2, 24, "float32")
+    tokens, pool = next_tokens(prompts, jnp.int32(0), pool)
     generated = [tokens]
-    for slot in range(8, 8 + 15):
-        tokens, state = next_tokens(tokens, jnp.int32(slot), state)
+    for position in range(8, 8 + 15):
+        tokens, pool = next_tokens(tokens, jnp.int32(position), pool)
         generated.append(tokens)
     np.testing.assert_array_equal(jnp.concatenate(generated, axis=1), expected)
 
