@@ -19,7 +19,6 @@ STATIC = ("soft_cap", "scale", "implementation")
 attention = jax.jit(
     api.attention, static_argnames=(*STATIC, "causal", "window", "is_packed")
 )
-cached_attention = jax.jit(api.cached_attention, static_argnames=STATIC)
 
 
 def draw(seed, *shape, dtype=jnp.float32):
@@ -329,78 +328,6 @@ def test_a_scan_over_layers_keeps_no_visibility_of_all_queries_and_keys(remat):
     )
     # JAX takes out of the scan what is the same in all layers: all blocks at once.
     assert max(array_sizes(program.jaxpr)) < num_tokens**2 // 16
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_cached_attention_sees_from_the_first_slot_to_its_own(implementation):
-    num_slots, start, num_tokens = 12, 5, 3
-    first_slot = jnp.asarray([0, 4])
-    query = draw(0, 2, num_tokens, 6, 10)
-    keys, values = draw(1, 2, 3, num_slots, 10), draw(2, 2, 3, num_slots, 10)
-    out = cached_attention(
-        query,
-        keys,
-        values,
-        start=jnp.int32(start),
-        first_slot=first_slot,
-        implementation=implementation,
-    )
-    slot = np.arange(num_slots)
-    own = start + np.arange(num_tokens)
-    first = np.asarray(first_slot)[:, None, None]
-    visible = jnp.asarray((slot >= first) & (slot <= own[None, :, None]))
-    key, value = (jnp.swapaxes(x, 1, 2) for x in (keys, values))
-    expected = plain_attention(query, key, value, visible)
-    np.testing.assert_allclose(out, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_the_window_of_cached_attention_counts_slots(implementation):
-    # The token at slot 5 sees slots 3, 4 and 5, of which sequence 1 has 4 and 5.
-    keys, values = draw(1, 2, 3, 700, 10), draw(2, 2, 3, 700, 10)
-    query = draw(0, 2, 1, 6, 10)
-    options = {"soft_cap": 0.8, "scale": 0.4}
-    out = cached_attention(
-        query,
-        keys,
-        values,
-        start=jnp.int32(5),
-        first_slot=jnp.asarray([0, 4]),
-        window=jnp.int32(3),
-        implementation=implementation,
-        **options,
-    )
-    slot = np.arange(700)
-    visible = np.stack([(slot >= 3) & (slot <= 5), (slot >= 4) & (slot <= 5)])[:, None]
-    key, value = (jnp.swapaxes(x, 1, 2) for x in (keys, values))
-    expected = plain_attention(query, key, value, visible, **options)
-    np.testing.assert_allclose(out, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_queries_before_the_first_slot_are_finite(implementation):
-    query = draw(0, 1, 4, 2, 10)
-    keys = draw(1, 1, 2, 6, 10)
-    out = cached_attention(
-        query,
-        keys,
-        keys,
-        start=jnp.int32(0),
-        first_slot=jnp.asarray([3]),
-        implementation=implementation,
-    )
-    assert np.isfinite(out).all()
-
-
-def test_a_cache_of_another_dtype_is_read_in_that_of_the_query():
-    query = draw(0, 1, 1, 2, 10)
-    keys = draw(1, 1, 2, 6, 10)
-    slots = {"start": jnp.int32(5), "first_slot": jnp.asarray([0])}
-    out = cached_attention(query, keys.astype(jnp.bfloat16), keys, **slots)
-    assert out.dtype == query.dtype
-    np.testing.assert_allclose(
-        out, cached_attention(query, keys, keys, **slots), atol=0.02
-    )
 
 
 def test_unknown_implementation_is_refused_by_name():

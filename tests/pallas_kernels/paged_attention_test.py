@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import cached_attention
+from pallas_kernels.attention import attention
 from pallas_kernels.paged_attention import api, reference
 
 STATIC = ("window", "soft_cap", "scale", "implementation")
@@ -157,23 +157,27 @@ def test_traced_windows_and_scales_are_as_known_ones():
 
 
 @pytest.mark.parametrize("num_tokens", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_pages_say_what_a_dense_cache_says(num_tokens):
-    ends, num_slots = np.array([22, 7, 12, 28]), 28
-    sequences, query = Sequences(ends, [0] * 4), draw_query(4, num_tokens)
-    # Right-aligned, as the dense cache has them.
-    dense = np.zeros((2, 4, 2, num_slots, HEAD_DIM), np.float32)
-    for row, pair in enumerate(sequences.rows):
-        dense[:, row, :, num_slots - ends[row] :] = np.swapaxes(pair, 1, 2)
+def test_pages_say_what_rows_say(num_tokens):
+    ends = np.array([22, 7, 12, 28])
+    sequences, last = Sequences(ends, [0] * 4), draw_query(4, num_tokens)
+    # Queries before the last are anything.
+    query = np.ones((4, 28, 4, HEAD_DIM), np.float32)
+    rows = np.zeros((2, 4, 28, 2, HEAD_DIM), np.float32)
+    for row, (end, pair) in enumerate(zip(ends, sequences.rows, strict=True)):
+        query[row, end - num_tokens : end] = last[row]
+        rows[:, row, :end] = pair
     options = {"window": 11, "soft_cap": 2.0}
-    expected = cached_attention(
-        jnp.asarray(query),
-        *jnp.asarray(dense),
-        start=jnp.int32(num_slots - num_tokens),
-        first_slot=jnp.asarray(num_slots - ends, jnp.int32),
+    segment_ids = (np.arange(28) < ends[:, None]).astype(np.int32)
+    expected = attention(
+        *map(jnp.asarray, (query, *rows)),
+        segment_ids=jnp.asarray(segment_ids),
         **options,
     )
-    found = sequences.attend(query, ends - num_tokens, **options)
-    np.testing.assert_allclose(found, expected, atol=2e-6)
+    found = sequences.attend(last, ends - num_tokens, **options)
+    for row, end in enumerate(ends):
+        np.testing.assert_allclose(
+            found[row], expected[row, end - num_tokens : end], atol=2e-6
+        )
 
 
 def test_pages_that_are_not_in_the_table_are_not_seen():
@@ -271,6 +275,17 @@ def test_a_query_in_bfloat16_gets_bfloat16_within_its_rounding():
     found = sequences.attend(jnp.asarray(query, jnp.bfloat16), [26, 5])
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.03)
+
+
+def test_pages_of_another_type_are_read_in_that_of_the_query():
+    sequences, query = Sequences([28, 7], [0, 0]), draw_query(2, 2)
+    expected = sequences.attend(query, [26, 5])
+    sequences.keys, sequences.values = (
+        jnp.asarray(stack, jnp.bfloat16) for stack in (sequences.keys, sequences.values)
+    )
+    found = sequences.attend(query, [26, 5])
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=0.02)
 
 
 @pytest.mark.parametrize(
