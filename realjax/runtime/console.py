@@ -132,18 +132,6 @@ class Console:
             yield advance
 
     @contextlib.contextmanager
-    def waves(
-        self, description: str = "generating"
-    ) -> Iterator[Callable[[int, int], None]]:
-        """Shows how far generation is.
-
-        Yields:
-            `on_wave(waves_done, waves_in_all)`, to be called after each wave.
-        """
-        with self._any_progress(description, "waves") as show:
-            yield show
-
-    @contextlib.contextmanager
     def rollout_progress(
         self, description: str = "generating"
     ) -> Iterator[Callable[[int, int, int], None]]:

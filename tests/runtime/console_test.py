@@ -111,12 +111,24 @@ def test_without_a_terminal_short_work_says_nothing(output):
     assert output.getvalue() == ""
 
 
-def test_waves_say_how_far_generation_is(output):
+def test_a_rollout_says_how_far_it_is_and_how_fast(output):
     clock = Clock()
-    with Console(output, clock=clock).waves() as on_wave:
-        clock.seconds += 20
-        on_wave(1, 4)
-    assert output.getvalue() == "generating: 1 of 4 waves, 0:00:20, 0:01:00 left\n"
+    with Console(output, clock=clock).rollout_progress() as on_progress:
+        clock.seconds += 2
+        on_progress(0, 4, 30)  # Too early for a line.
+        clock.seconds += 18
+        on_progress(1, 4, 1900)
+    line = "1 of 4 completions, 1.9k tokens, 95 tok/s, 0:00:20, 0:01:00 left"
+    assert output.getvalue() == f"generating: {line}\n"
+
+
+def test_the_bar_of_a_rollout_says_how_fast_it_is(terminal):
+    clock = Clock()
+    with Console(terminal, width=120, clock=clock).rollout_progress() as on_progress:
+        clock.seconds += 2
+        on_progress(3, 8, 9000)
+    text = terminal.getvalue()
+    assert "generating" in text and "3/8" in text and "9k tokens, 4.5k tok/s" in text
 
 
 def test_on_a_terminal_a_bar_is_drawn_and_taken_away(terminal):
@@ -124,8 +136,8 @@ def test_on_a_terminal_a_bar_is_drawn_and_taken_away(terminal):
     with console.progress("evaluation", 2) as advance:
         advance()
         console.print("a line above the bar")
-        with console.waves() as on_wave:  # Inside a bar there is no second one.
-            on_wave(1, 2)
+        with console.rollout_progress() as on_progress:  # No second one in a bar.
+            on_progress(1, 2, 3)
         advance()
     text = terminal.getvalue()
     assert "evaluation" in text and "2/2" in text and "generating" not in text
@@ -185,9 +197,9 @@ def test_a_quiet_console_prints_nothing(output):
     console.rule("part")
     console.step(1, 2, 0, {"loss": 1.0})
     console.table("t", ("a",), [("b",)])
-    with console.progress("work", 1) as advance, console.waves() as on_wave:
+    with console.progress("work", 1) as advance, console.rollout_progress() as show:
         advance()
-        on_wave(1, 1)
+        show(1, 1, 1)
     assert output.getvalue() == ""
 
 
