@@ -9,7 +9,7 @@ from realjax.core.arrays import Array, Key, PyTree
 from realjax.functions.function import Generate
 from realjax.functions.packed import ModelProgram
 from realjax.rollout.engine import Engine
-from realjax.rollout.loop import OnProgress
+from realjax.rollout.session import OnProgress
 from realjax.rollout.rows import Rollout
 from realjax.rollout.settings import Settings
 

@@ -11,20 +11,19 @@ and on nothing else: not on the batch, its order, the slot, the mesh or other ro
 """
 
 import contextlib
-import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from realjax.core.arrays import Array, Int, Key, PyTree
+from realjax.core.arrays import Array, Bool, Int, Key, PyTree
 from realjax.functions.packed import ModelProgram
 from realjax.models import pages as pages_lib
 from realjax.models.pages import Pool
 from realjax.parallel.sharding import AXES, num_parts
 from realjax.rl.sampling import Sampling
-from realjax.rollout.loop import LentPool, Loop, OnProgress, OnTokens, Work
 from realjax.rollout.programs import Programs, Shapes
 from realjax.rollout.rows import Rollout, Rows
 from realjax.rollout.scheduler import (
@@ -34,8 +33,66 @@ from realjax.rollout.scheduler import (
     Scheduler,
     chunk_shapes,
 )
+from realjax.rollout.session import LentPool, OnProgress, OnTokens, Session, Work
 from realjax.rollout.settings import Settings
 from realjax.rollout.shard import Prefix, Row, Shard, room_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Carried:
+    """Completions that a later rollout goes on with.
+
+    They keep the tokens and log-probabilities they have, and draw what they would have
+    drawn; keys and values are computed anew.
+
+    Attributes:
+        rows: their state, on the devices.
+        lengths, prompt_lengths, limits: [C], of prompt and completion so far, of the
+            prompt, and at most; 0 for an empty row.
+        has_ended: [C], of rows that only wait for the others of their group.
+    """
+
+    rows: Rows
+    lengths: Int[np.ndarray, " C"]
+    prompt_lengths: Int[np.ndarray, " C"]
+    limits: Int[np.ndarray, " C"]
+    has_ended: Bool[np.ndarray, " C"]
+
+
+class _Waiting(NamedTuple):
+    """A row to be sampled: its number, its prompt's number, and tokens."""
+
+    row: int
+    prompt: int
+    prompt_length: int
+    length: int
+    limit: int
+
+
+def _waiting(
+    lengths: np.ndarray, limits: np.ndarray, group: int, carried: Carried | None
+) -> list[_Waiting]:
+    """List carried rows that have not ended, then the rows of the prompts."""
+    waiting, first = [], 0
+    if carried is not None:
+        first = len(carried.lengths)
+        for row in np.flatnonzero((carried.lengths > 0) & ~carried.has_ended).tolist():
+            waiting.append(
+                _Waiting(
+                    row,
+                    -1 - row // group,  # Apart from the prompts that are new.
+                    int(carried.prompt_lengths[row]),
+                    int(carried.lengths[row]),
+                    int(carried.limits[row]),
+                )
+            )
+    for prompt, (length, limit) in enumerate(
+        zip(lengths.tolist(), limits.tolist(), strict=True)
+    ):
+        for sample in range(group if length else 0):
+            row = first + prompt * group + sample
+            waiting.append(_Waiting(row, prompt, length, length, length + limit))
+    return waiting
 
 
 class Engine:
@@ -126,14 +183,29 @@ class Engine:
         parameters: PyTree,
         prompts: Mapping[str, np.ndarray | Array],
         key: Key[Array, ""],
+        **options: Any,
+    ) -> Rollout:
+        """Sample every completion of every prompt; see `session` for the arguments."""
+        with self.session(parameters, prompts, key, **options) as session:
+            while not session.is_done:
+                session.advance()
+            return session.results()
+
+    @contextlib.contextmanager
+    def session(
+        self,
+        parameters: PyTree,
+        prompts: Mapping[str, np.ndarray | Array],
+        key: Key[Array, ""],
         *,
         completions_per_prompt: int = 1,
         max_new_tokens: Int[np.ndarray, " B"] | None = None,
+        carried: Carried | None = None,
         on_progress: OnProgress | None = None,
         on_tokens: OnTokens | None = None,
         is_traced: bool = False,
-    ) -> Rollout:
-        """Samples every completion of every prompt.
+    ) -> Iterator[Session]:
+        """Begin a rollout, to be advanced until it is done.
 
         Args:
             parameters: on this mesh.
@@ -142,6 +214,7 @@ class Engine:
             key: of this call in this step.
             completions_per_prompt: rows of a prompt, next to each other.
             max_new_tokens: of each prompt's completions; None is the sampling's.
+            carried: rows of an earlier rollout to go on with; they come first.
             on_progress: told how far it is.
             on_tokens: told new tokens; needs `is_read`.
             is_traced: whether `work` keeps what every slot did.
@@ -149,7 +222,6 @@ class Engine:
         Raises:
             ValueError: a row that does not fit, see `check`.
         """
-        began = time.perf_counter()
         lengths, limits = np.asarray(prompts["lengths"]), max_new_tokens
         if limits is None:
             limits = np.full(len(lengths), self.sampling.max_new_tokens, np.int32)
@@ -158,25 +230,27 @@ class Engine:
         ):
             if length:
                 self.check(length, limit)
-        rows, shared, row_prompt = self._start(
-            prompts, key, completions_per_prompt, limits
+        rows, shared, size = self._start(
+            prompts, key, completions_per_prompt, limits, carried
         )
-        num_shared = int(shared) if self._can_share_all(lengths) else 0
-        scheduler = self._scheduler(lengths, limits, row_prompt, num_shared)
-        loop = Loop(
-            scheduler,
-            len(row_prompt),
-            on_tokens=on_tokens,
-            on_progress=on_progress,
-            is_traced=is_traced,
+        waiting = _waiting(lengths, limits, completions_per_prompt, carried)
+        is_shared = carried is None and self._can_share_all(lengths)
+        scheduler = self._scheduler(
+            waiting, rows.lengths.shape[0], int(shared) if is_shared else 0
         )
         with self._borrowed_pool() as pool:
-            rows = loop.run(parameters, pool, rows)
-        size = len(lengths) * completions_per_prompt
-        rollout = self.programs.finish(rows, loop.cuts, loop.is_stopped, size=size)
-        self.work = loop.work
-        self.work.seconds = time.perf_counter() - began
-        return rollout
+            session = Session(
+                pool,
+                parameters,
+                rows,
+                scheduler,
+                size=size,
+                on_tokens=on_tokens,
+                on_progress=on_progress,
+                is_traced=is_traced,
+            )
+            self.work = session.work
+            yield session
 
     def warm_up(
         self,
@@ -194,8 +268,8 @@ class Engine:
         """
         num_prompts, longest = prompts["prompts"].shape
         limits = np.ones(num_prompts, np.int32)
-        rows, _, row_prompt = self._start(
-            prompts, jax.random.key(0), completions_per_prompt, limits
+        rows, _, size = self._start(
+            prompts, jax.random.key(0), completions_per_prompt, limits, None
         )
         shapes, num_columns = self.chunk_shapes(longest), self.num_columns
 
@@ -209,20 +283,18 @@ class Engine:
             pool.copy(Copies(idle(self.room.num_slots, 2)))
             launch = Launch(idle(self.room.num_slots, 2 + num_columns), 0, ())
             rows, _ = pool.decode(parameters, rows, launch)
-        num_rows = len(row_prompt)
-        size = num_prompts * completions_per_prompt
+        num_rows = rows.lengths.shape[0]
         cuts, is_stopped = np.zeros(num_rows, np.int32), np.zeros(num_rows, bool)
-        jax.block_until_ready(self.programs.finish(rows, cuts, is_stopped, size=size))
+        finish = self.programs.finish
+        jax.block_until_ready(finish(rows, None, cuts, is_stopped, size=size))
 
     def _start(
-        self, prompts, key, completions_per_prompt: int, limits: np.ndarray
-    ) -> tuple[Rows, Array, np.ndarray]:
-        """Lay out the rows; also the tokens that all prompts share, and whose rows."""
-        num_prompts = len(limits)
-        size = num_prompts * completions_per_prompt
-        num_rows = -(-size // self.num_shards) * self.num_shards
+        self, prompts, key, completions_per_prompt: int, limits, carried
+    ) -> tuple[Rows, Array, int]:
+        """Lay out the rows; also the tokens all prompts share, and the rows wanted."""
+        size = len(limits) * completions_per_prompt
+        num_rows = self._filled(size)
         places = np.arange(num_rows, dtype=np.int32)
-        row_prompt = places // completions_per_prompt
         row_limits = np.zeros(num_rows, np.int32)
         row_limits[:size] = np.repeat(limits, completions_per_prompt)
         rows, shared = self.programs.start(
@@ -230,12 +302,20 @@ class Engine:
             prompts["lengths"],
             prompts["ids"],
             key,
-            row_prompt,
+            places // completions_per_prompt,
             places % completions_per_prompt,
             row_limits,
             num_rows=num_rows,
         )
-        return rows, shared, row_prompt
+        if carried is not None:
+            size += len(carried.lengths)
+            num_rows = self._filled(len(carried.lengths) + num_rows)
+            rows = self.programs.join(carried.rows, rows, num_rows=num_rows)
+        return rows, shared, size
+
+    def _filled(self, num_rows: int) -> int:
+        """Rows with those that only fill up the shards."""
+        return -(-num_rows // self.num_shards) * self.num_shards
 
     def _can_share_all(self, lengths: np.ndarray) -> bool:
         """Whether what several prompts begin with is prefilled once for all."""
@@ -244,33 +324,24 @@ class Engine:
         return self.settings.is_sharing and is_alike and int((lengths > 0).sum()) > 1
 
     def _scheduler(
-        self,
-        lengths: np.ndarray,
-        limits: np.ndarray,
-        row_prompt: np.ndarray,
-        num_shared: int,
+        self, waiting: Sequence[_Waiting], num_rows: int, num_shared: int
     ) -> Scheduler:
-        room, per_shard = self.room, len(row_prompt) // self.num_shards
+        room, per_shard = self.room, num_rows // self.num_shards
         shared = num_shared // room.page_size * room.page_size
-        shards = []
-        for index in range(self.num_shards):
-            parent = Prefix(shared) if shared else None
-            prefixes: dict[int, Prefix] = {}
-            rows = []
-            first = index * per_shard
-            for place, prompt in enumerate(row_prompt[first : first + per_shard]):
-                if prompt >= len(lengths) or not lengths[prompt]:
-                    continue
-                length = int(lengths[prompt])
-                if prompt not in prefixes or not self.settings.is_sharing:
-                    prefixes[prompt] = Prefix(length - 1, parent)
-                limit = length + int(limits[prompt])
-                rows.append(Row(place, prefixes[prompt], length, limit))
-            shards.append(Shard(room, rows))
+        parents = [Prefix(shared) if shared else None for _ in range(self.num_shards)]
+        prefixes: dict[tuple[int, int], Prefix] = {}
+        rows: list[list[Row]] = [[] for _ in range(self.num_shards)]
+        for one in waiting:
+            shard, index = divmod(one.row, per_shard)
+            place = (shard, one.prompt)
+            if place not in prefixes or not self.settings.is_sharing:
+                prefixes[place] = Prefix(one.prompt_length - 1, parents[shard])
+            rows[shard].append(Row(index, prefixes[place], one.length, one.limit))
+        longest = max((one.prompt_length for one in waiting), default=0)
         return Scheduler(
-            shards,
+            [Shard(room, rows_of_shard) for rows_of_shard in rows],
             num_columns=self.num_columns,
-            shapes=self.chunk_shapes(int(lengths.max(initial=0))),
+            shapes=self.chunk_shapes(longest),
             is_refilling=self.settings.is_refilling,
         )
 

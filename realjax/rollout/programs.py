@@ -27,6 +27,7 @@ from realjax.models.pages import Pool
 from realjax.parallel.sharding import axes_spec, replicated, rows_sharding
 from realjax.rl import sampling as sampling_lib
 from realjax.rl.sampling import History, Sampling
+from realjax.rollout import rows as rows_lib
 from realjax.rollout.rows import OF_ROW, ROW, Rollout, Rows, axes_of, kept_dtype
 
 
@@ -114,6 +115,10 @@ class Programs:
             out_shardings=pool,
         )
         self.finish = jax.jit(self._finish, static_argnames=("size",))
+        self.select = jax.jit(rows_lib.select, out_shardings=rows)
+        self.join = jax.jit(
+            rows_lib.join, static_argnames=("num_rows",), out_shardings=rows
+        )
 
     @property
     def num_compiled(self) -> int:
@@ -124,6 +129,8 @@ class Programs:
             self.copy,
             self.decode,
             self.finish,
+            self.select,
+            self.join,
         )
         return sum(one._cache_size() for one in jitted)
 
@@ -145,85 +152,25 @@ class Programs:
             entropy=leaf(jnp.float32, width),
         )
 
-    # -- start and finish ------------------------------------------------------------
+    # -- rows ------------------------------------------------------------------------
 
-    def _start(
-        self,
-        prompts,
-        lengths,
-        ids,
-        key,
-        row_prompt,
-        row_sample,
-        row_limits,
-        *,
-        num_rows,
-    ) -> tuple[Rows, Int[Array, ""]]:
-        """Lay out rows; also count the tokens that all prompts begin with."""
-        width = self.shapes.width
-        shared = _num_shared(prompts, lengths)
-        take = functools.partial(
-            jnp.take, indices=row_prompt, axis=0, mode="fill", fill_value=0
+    def _start(self, *arguments, num_rows: int) -> tuple[Rows, Int[Array, ""]]:
+        return rows_lib.start(
+            *arguments,
+            num_rows=num_rows,
+            width=self.shapes.width,
+            min_new_tokens=self.sampling.min_new_tokens,
+            kept_form=self.kept_form,
         )
-        lengths = take(lengths)
-        keys = jax.vmap(
-            lambda data_id, sample: jax.random.key_data(
-                jax.random.fold_in(jax.random.fold_in(key, data_id), sample)
-            )
-        )(take(ids), row_sample)
-        missing = max(width - prompts.shape[1], 0)
-        tokens = jnp.pad(take(prompts), ((0, 0), (0, missing)))[:, :width]
-        places = jnp.arange(width)[None]
-        zeros = jnp.zeros((num_rows, width), jnp.float32)
-        limits = jnp.where(lengths > 0, lengths + row_limits, 0)
-        rows = Rows(
-            tokens=jnp.where(places < lengths[:, None], tokens, 0),
-            logprobs=zeros,
-            entropy=zeros,
-            kept=self._empty_kept(num_rows, width),
-            lengths=lengths,
-            prompt_lengths=lengths,
-            minimums=lengths + self.sampling.min_new_tokens,
-            limits=limits,
-            has_ended=lengths == 0,
-            keys=keys,
-        )
-        return rows, shared
 
-    def _empty_kept(self, num_rows: int, width: int) -> Array | None:
-        if self.kept_form is None:
-            return None
-        dtype = kept_dtype(self.kept_form)
-        empty = -1 if dtype == jnp.int32 else 0
-        return jnp.full((num_rows, width, self.kept_form[1]), empty, dtype)
-
-    def _finish(self, rows: Rows, cuts, is_stopped, *, size: int) -> Rollout:
-        """The rows that are wanted, cut where a stop string ended them.
-
-        What was sampled behind a cut, before the host knew, is dropped.
-        """
-        rows = jax.tree.map(lambda x: x[:size], rows)
-        lengths = jnp.minimum(rows.lengths, cuts[:size])
-        places = jnp.arange(self.shapes.width)[None]
-        is_there = places < lengths[:, None]
-        mask = is_there & (places >= rows.prompt_lengths[:, None])
-        last = jnp.take_along_axis(
-            rows.tokens, jnp.maximum(lengths - 1, 0)[:, None], axis=1
-        )[:, 0]
-        kept = rows.kept
-        if kept is not None:
-            empty = -1 if kept.dtype == jnp.int32 else 0
-            kept = jnp.where(mask[:, :, None], kept, jnp.asarray(empty, kept.dtype))
-        is_complete = self._is_end(last) | is_stopped[:size]
-        rollout = Rollout(
-            tokens=jnp.where(is_there, rows.tokens, 0),
-            completion_mask=mask,
-            old_logprobs=jnp.where(mask, rows.logprobs, 0.0),
-            is_truncated=~is_complete & (lengths > 0),
-            lengths=lengths,
-            kept=kept,
-            entropy=jnp.where(mask, rows.entropy, 0.0),
-        )
+    def _finish(self, rows: Rows, index, cuts, is_stopped, *, size: int) -> Rollout:
+        """The first rows or those of an index, as the result of a rollout."""
+        if index is None:
+            choose = lambda x: x[:size]
+        else:
+            choose = functools.partial(rows_lib.take, index=index)
+        chosen = jax.tree.map(choose, (rows, cuts, is_stopped))
+        rollout = rows_lib.finish(*chosen, is_end=self._is_end)
         sharding = rows_sharding(self.mesh, size)
         return jax.lax.with_sharding_constraint(rollout, sharding)
 
@@ -350,7 +297,7 @@ class Programs:
                 tokens=jnp.zeros(size, jnp.int32),
                 logprobs=jnp.zeros(size, jnp.float32),
                 entropy=jnp.zeros(size, jnp.float32),
-                kept=self._empty_kept(*size),
+                kept=rows_lib.empty_kept(self.kept_form, *size),
             ),
         )
         with jax.named_scope("decode"):
@@ -473,12 +420,3 @@ class Programs:
 
 def _outputs(rows: Rows) -> _Written:
     return _Written(rows.tokens, rows.logprobs, rows.entropy, rows.kept)
-
-
-def _num_shared(prompts: Int[Array, "B P"], lengths: Int[Array, " B"]):
-    """Count the tokens all prompts begin with, the last of each left out."""
-    is_real = lengths > 0
-    first = jnp.take(prompts, jnp.argmax(is_real), axis=0)
-    places = jnp.arange(prompts.shape[1])[None]
-    is_equal = (prompts == first[None]) & (places < (lengths - 1)[:, None])
-    return jnp.sum(jnp.cumprod(jnp.all(is_equal | ~is_real[:, None], axis=0)))

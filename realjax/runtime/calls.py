@@ -23,7 +23,7 @@ from realjax.functions.score import RewardWorkers
 from realjax.parallel.mesh import make_mesh
 from realjax.parallel.sharding import handles, replicated, rows_sharding
 from realjax.realloc.transfer import Traffic
-from realjax.rollout.loop import OnProgress
+from realjax.rollout.session import OnProgress
 from realjax.runtime import cluster
 from realjax.runtime.measures import Metrics, completion_metrics, completion_texts
 from realjax.runtime.parameters import ParameterStore
@@ -438,8 +438,10 @@ class Calls:
         names: dict[str, str] = {name: name + suffix for name in common}
         names["loss"] = spec.loss_name
         metrics: Metrics = {}
-        for report in reports:
+        for index, report in enumerate(reports):
             for name, mean in report.items():
+                if index and name.startswith("rollout_gap/"):
+                    continue  # By now it is also what was learned in between.
                 key = names[name] if name in names else name
                 if name.startswith("router/"):
                     key = name + suffix

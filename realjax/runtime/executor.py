@@ -26,7 +26,7 @@ from realjax.functions.function import Generate, Train
 from realjax.functions.role import Role
 from realjax.planner.memory import streamed_roles
 from realjax.realloc.transfer import Traffic
-from realjax.rollout.loop import OnProgress
+from realjax.rollout.session import OnProgress
 from realjax.runtime.calls import Calls, Pass
 from realjax.runtime.measures import Metrics
 from realjax.runtime.parameters import ParameterStore

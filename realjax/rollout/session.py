@@ -1,4 +1,4 @@
-"""The loop of a rollout on the host: it launches work and reads which rows ended."""
+"""A rollout under way: the host launches work and reads which rows have ended."""
 
 import collections
 import dataclasses
@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from realjax.core.arrays import Array, PyTree
+from realjax.core.arrays import Array, Int, PyTree
 from realjax.models.pages import Pool
 from realjax.rollout.programs import Programs
-from realjax.rollout.rows import Rows
+from realjax.rollout.rows import Rollout, Rows
 from realjax.rollout.scheduler import Chunk, Copies, Launch, Scheduler
 from realjax.rollout.shard import Row
 
@@ -71,11 +71,11 @@ class LentPool:
     """A pool, and the programs that take it and give it back."""
 
     def __init__(self, programs: Programs, pool: Pool):
-        self._programs, self.pool = programs, pool
+        self.programs, self.pool = programs, pool
 
     def prefill(self, parameters: PyTree, rows: Rows, chunk: Chunk) -> None:
         """Launch a chunk of prefill."""
-        self.pool = self._programs.prefill(
+        self.pool = self.programs.prefill(
             parameters,
             self.pool,
             rows.tokens,
@@ -87,74 +87,125 @@ class LentPool:
 
     def copy(self, copies: Copies) -> None:
         """Launch copies of pages."""
-        self.pool = self._programs.copy(self.pool, copies.pages)
+        self.pool = self.programs.copy(self.pool, copies.pages)
 
     def decode(
         self, parameters: PyTree, rows: Rows, launch: Launch
     ) -> tuple[Rows, Array]:
         """Launch steps of decoding; the rows, and a report for the host."""
-        self.pool, rows, report = self._programs.decode(
+        self.pool, rows, report = self.programs.decode(
             parameters, self.pool, rows, launch.table, np.int32(launch.num_pages)
         )
         return rows, report
 
 
-class Loop:
-    """One rollout: launches work and reads reports."""
+class Session:
+    """One rollout under way: launches work, reads reports, and knows who has ended.
+
+    Attributes:
+        rows: the state of all completions, on the devices.
+        work: what it took so far.
+        has_ended: of every row, as far as it is known; rows of padding have.
+    """
 
     def __init__(
         self,
+        pool: LentPool,
+        parameters: PyTree,
+        rows: Rows,
         scheduler: Scheduler,
-        num_rows: int,
         *,
-        on_tokens: OnTokens | None,
-        on_progress: OnProgress | None,
-        is_traced: bool,
+        size: int,
+        on_tokens: OnTokens | None = None,
+        on_progress: OnProgress | None = None,
+        is_traced: bool = False,
     ):
-        """Takes rows that wait in the scheduler's shards."""
-        self.scheduler = scheduler
-        self.on_tokens, self.on_progress = on_tokens, on_progress
-        self.is_traced = is_traced
-        self.work = Work()
-        self.cuts = np.full(num_rows, FOREVER, np.int32)
-        self.is_stopped = np.zeros(num_rows, bool)
+        """Launches nothing yet.
+
+        Args:
+            pool: of the engine.
+            parameters: of the model.
+            rows: their state at the beginning.
+            scheduler: with the rows that wait in its shards.
+            size: rows that are wanted; those after them only fill up the shards.
+            on_tokens: told what rows have got.
+            on_progress: told how far it is.
+            is_traced: whether `work` keeps what every slot did.
+        """
+        self._pool, self._parameters, self.rows = pool, parameters, rows
+        self.scheduler, self.work, self._size = scheduler, Work(), size
+        self._on_tokens, self._on_progress = on_tokens, on_progress
+        self._is_traced, num_rows = is_traced, rows.lengths.shape[0]
+        self._cuts = np.full(num_rows, FOREVER, np.int32)
+        self._is_stopped = np.zeros(num_rows, bool)
         self._per_shard = num_rows // len(scheduler.shards)
         self._lengths = np.zeros(num_rows, np.int64)  # As reported.
-        self._prompts = np.zeros(num_rows, np.int64)
-        self._is_over = np.ones(num_rows, bool)
+        self._prompt_lengths = np.zeros(num_rows, np.int64)
+        self.has_ended = np.ones(num_rows, bool)
         for index, shard in enumerate(scheduler.shards):
             for row in shard.waiting:
                 place = index * self._per_shard + row.index
-                self._lengths[place] = self._prompts[place] = row.length
-                self._is_over[place] = False
-        self._total = int((~self._is_over).sum())
+                self._lengths[place] = row.length
+                self._prompt_lengths[place] = row.prefix.length + 1
+                self.has_ended[place] = False
+        self._total = int((~self.has_ended).sum())
         self._reports: collections.deque = collections.deque()
-        self._waited = 0.0
+        self._ended: list[int] = []
+        self._began, self._waited = time.perf_counter(), 0.0
 
-    def run(self, parameters: PyTree, pool: LentPool, rows: Rows) -> Rows:
-        """Launches until every row has ended."""
-        began = time.perf_counter()
-        while not self.scheduler.is_done:
-            for item in self.scheduler.next_items():
-                match item:
-                    case Chunk():
-                        pool.prefill(parameters, rows, item)
-                    case Copies():
-                        pool.copy(item)
-                    case Launch():
-                        rows, report = pool.decode(parameters, rows, item)
-                        report.copy_to_host_async()
-                        self._note(item)
-                        self._reports.append((report, item.rows))
-            while len(self._reports) > LAG:
-                self._read()
+    @property
+    def is_done(self) -> bool:
+        """Whether every row has ended."""
+        return self.scheduler.is_done and not self._reports
+
+    def advance(self) -> list[int]:
+        """Launch the next steps of decoding and what they need first.
+
+        Returns:
+            The rows that are now known to have ended.
+        """
+        for item in self.scheduler.next_items():
+            match item:
+                case Chunk():
+                    self._pool.prefill(self._parameters, self.rows, item)
+                case Copies():
+                    self._pool.copy(item)
+                case Launch():
+                    self.rows, report = self._pool.decode(
+                        self._parameters, self.rows, item
+                    )
+                    report.copy_to_host_async()
+                    self._note(item)
+                    self._reports.append((report, item.rows))
+        while len(self._reports) > (0 if self.scheduler.is_done else LAG):
+            self._read()
+        return self._take_ended()
+
+    def drain(self) -> list[int]:
+        """Read the reports of what is launched, and launch nothing; as `advance`."""
         while self._reports:
             self._read()
-        shards = self.scheduler.shards
-        self.work.num_prefilled = sum(s.num_prefilled for s in shards)
-        self.work.num_preempted = sum(s.num_preempted for s in shards)
-        self.work.host_seconds = time.perf_counter() - began - self._waited
-        return rows
+        return self._take_ended()
+
+    def results(self, index: Int[np.ndarray, " K"] | None = None) -> Rollout:
+        """Return rows as they are now, cut where a stop string ended them.
+
+        Args:
+            index: which, -1 for an empty row; None is all.
+        """
+        size = self._size if index is None else len(index)
+        return self._pool.programs.finish(
+            self.rows, index, self._cuts, self._is_stopped, size=size
+        )
+
+    def _take_ended(self) -> list[int]:
+        ended, self._ended = self._ended, []
+        shards, work = self.scheduler.shards, self.work
+        work.num_prefilled = sum(shard.num_prefilled for shard in shards)
+        work.num_preempted = sum(shard.num_preempted for shard in shards)
+        work.seconds = time.perf_counter() - self._began
+        work.host_seconds = work.seconds - self._waited
+        return ended
 
     def _note(self, launch: Launch) -> None:
         work, room = self.work, self.scheduler.room
@@ -162,7 +213,7 @@ class Loop:
         work.num_steps += len(launch.table) * room.steps
         held = sum(room.num_pages - s.num_free_pages for s in self.scheduler.shards)
         work.most_pages = max(work.most_pages, held)
-        if self.is_traced:
+        if self._is_traced:
             slots = np.full(len(launch.table), -1, np.int32)
             for slot, row in launch.rows:
                 slots[slot] = self._place(slot, row)
@@ -183,25 +234,26 @@ class Loop:
         for slot, row in rows:
             place = self._place(slot, row)
             has_ended, length = found[slot, 0], int(found[slot, 1])
-            if self._is_over[place]:
+            if self.has_ended[place]:
                 continue  # Its last launch was issued before that was known.
             before, self._lengths[place] = self._lengths[place], length
             num_new += length - int(before)
-            if self.on_tokens is not None:
+            if self._on_tokens is not None:
                 new = _new(found[slot], length - int(before))
-                kept = self.on_tokens(place, new)
+                kept = self._on_tokens(place, new)
                 if kept is not None:
-                    self.cuts[place] = self._prompts[place] + kept
-                    self.is_stopped[place] = has_ended = True
+                    self._cuts[place] = self._prompt_lengths[place] + kept
+                    self._is_stopped[place] = has_ended = True
             if has_ended:
-                self._is_over[place] = True
+                self.has_ended[place] = True
+                self._ended.append(place)
                 if not row.has_ended:
                     shard = self.scheduler.shards[slot // self.scheduler.room.num_slots]
                     shard.end(row)
         self.work.num_tokens += num_new
-        if self.on_progress is not None:
-            done = self._total - int((~self._is_over).sum())
-            self.on_progress(done, self._total, self.work.num_tokens)
+        if self._on_progress is not None:
+            done = self._total - int((~self.has_ended).sum())
+            self._on_progress(done, self._total, self.work.num_tokens)
 
 
 def _new(line: np.ndarray, count: int) -> New:
