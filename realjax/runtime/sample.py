@@ -18,7 +18,7 @@ from realjax.models.pages import DTYPES as KV_DTYPES
 from realjax.parallel.partition import partition_for
 from realjax.rl.sampling import Sampling
 from realjax.rollout.engine import Engine
-from realjax.rollout.loop import New, OnProgress
+from realjax.rollout.session import New, OnProgress
 from realjax.rollout.settings import Settings
 from realjax.runtime.model import Model
 from realjax.runtime.requests import Prompt, Request, read_requests, word_ids
@@ -271,7 +271,7 @@ class _Call:
                 note(done.place, self._completion(done, kept))
             return kept
 
-        self.engine(
+        with self.engine.session(
             self.model.parameters,
             {"prompts": tokens, "lengths": lengths, "ids": ids},
             key,
@@ -279,7 +279,9 @@ class _Call:
             max_new_tokens=limits,
             on_progress=on_progress,
             on_tokens=on_tokens,
-        )
+        ) as session:
+            while not session.is_done:
+                session.advance()
 
     def _lines(self, count: int) -> list[int]:
         """Lines of a portion for so many prompts: as many on each row shard."""
