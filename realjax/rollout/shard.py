@@ -192,21 +192,36 @@ class Shard:
 
     def admit(self) -> None:
         """Give free slots to waiting rows, first come first served, if pages last."""
-        while self.waiting and None in self.slots and self._has_pages(self.waiting[0]):
-            row = self.waiting.popleft()
+        if not self.waiting or None not in self.slots:
+            return
+        spoken_for = sum(
+            self._num_growing(row) for row in self.slots if row is not None
+        )
+        while self.waiting and None in self.slots:
+            row = self.waiting[0]
+            if not self._has_pages(row, spoken_for):
+                return
+            self.waiting.popleft()
             self._enter(row, self.slots.index(None))
             row.prefix.num_waiting -= 1
+            spoken_for += self._num_growing(row)
 
-    def _has_pages(self, row: Row) -> bool:
+    def _num_growing(self, row: Row) -> int:
+        """Pages that a row in a slot takes at most for one launch more."""
+        room = self.room
+        held = row.first_page + len(row.pages) + len(row.reserved)
+        if not row.has_prefix:
+            held += row.prefix.length // room.page_size
+        return min(room.pages_of(row.limit - 1) - held, room.pages_of(room.steps))
+
+    def _has_pages(self, row: Row, spoken_for: int) -> bool:
         """Whether a row can enter and all others can go on; alone it always can."""
         room, prefix = self.room, row.prefix
-        needed = self._num_own_pages(row)
+        needed = self._num_own_pages(row) + spoken_for
         while prefix is not None and not prefix.is_here:
             held = 0 if prefix.parent is None else prefix.parent.length
             needed += room.pages_of(prefix.length) - held // room.page_size
             prefix = prefix.parent
-        in_slots = len(self.decoding) + len(self._filling)
-        needed += in_slots * room.pages_of(room.steps)
         while len(self._free) < needed and self._evict(row.prefix):
             pass
         return len(self._free) >= needed
