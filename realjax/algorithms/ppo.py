@@ -6,6 +6,9 @@ https://arxiv.org/abs/1707.06347.
     prompts ─▶ rollout ─┬─▶ reward ────┬─▶ advantages ─┬─▶ train_policy
                         ├─▶ reference ─┤               └─▶ train_critic
                         └─▶ value ─────┘
+
+With `importance_cap` there is one call more, between rollout and train_policy:
+`proximal`, what the trainer itself says of the sampler's tokens.
 """
 
 import dataclasses
@@ -41,6 +44,8 @@ class PPO:
             p ← η policy + (1 − η) p; 0 leaves it as it is.
         max_ratio, max_kl: a minibatch whose mean importance ratio or mean approximate
             KL (nats per token) exceeds these changes nothing; 0 turns the check off.
+        importance_cap: largest weight that corrects for a sampler of fewer bits than
+            the trainer has, see `rl.importance`; 0 takes the two for the same.
     """
 
     sampling: rl.Sampling = rl.Sampling(top_k=200, top_p=0.9, max_new_tokens=256)
@@ -61,6 +66,15 @@ class PPO:
     reference_ema: float = 0.0
     max_ratio: float = 5.0
     max_kl: float = 0.0
+    importance_cap: float = 0.0
+
+    def __post_init__(self):
+        """Refuses a weight below 0."""
+        if self.importance_cap < 0:
+            raise ValueError(
+                f"importance_cap is {self.importance_cap}; it must be above 0, or 0 for"
+                " no correction."
+            )
 
 
 HYPERPARAMETERS = PPO
@@ -110,13 +124,23 @@ def advantages(state, batch, *, hp: PPO):
 
 
 def policy_loss(logprobs, batch, *, hp: PPO):
-    """Clipped surrogate, a mean over completion tokens."""
+    """Clipped surrogate, a mean over completion tokens.
+
+    The gap is that of the trainer to the sampler before the first update. Without
+    `proximal` it holds for the first minibatch alone, of which the runtime reports it.
+    """
     mask, old_logprobs = batch["completion_mask"], batch["old_logprobs"]
+    proximal = batch["proximal_logprobs"] if hp.importance_cap else old_logprobs
     loss, clipped = rl.losses.clipped_surrogate(
-        logprobs, old_logprobs, batch["advantages"], clip_ratio=hp.clip_ratio
+        logprobs, proximal, batch["advantages"], clip_ratio=hp.clip_ratio
     )
-    log_ratio = logprobs - old_logprobs
-    return Mean.over(loss, mask), {
+    if hp.importance_cap:
+        loss *= rl.importance.truncated_weights(
+            proximal, old_logprobs, cap=hp.importance_cap
+        )
+    log_ratio = logprobs - proximal
+    trainer = proximal if hp.importance_cap else logprobs
+    return Mean.over(loss, mask), rl.importance.gap(trainer, old_logprobs, mask) | {
         "policy/approxkl_avg": Mean.over(0.5 * jnp.square(log_ratio), mask),
         "policy/clipfrac_avg": Mean.over(clipped, mask),
         "policy/entropy_avg": Mean.over(batch["entropy"], mask),
@@ -153,6 +177,7 @@ def graph(hp: PPO) -> DataflowGraph:
         reads=(*rollout, "scores", "ref_logprobs", "values", "bootstrap_values"),
         writes=("advantages", "value_targets"),
     )
+    proximal = ("proximal_logprobs",) if hp.importance_cap else ()
     train = bind(
         functions.Train,
         minibatches=hp.minibatches,
@@ -162,7 +187,7 @@ def graph(hp: PPO) -> DataflowGraph:
     train_policy = train(
         loss=bind(policy_loss, hp=hp),
         loss_name="loss/policy_avg",
-        reads=(*scored, "completion_mask", "old_logprobs", "advantages"),
+        reads=(*scored, "completion_mask", "old_logprobs", *proximal, "advantages"),
         temperature=temperature,
         skip=bind(is_off_track, hp=hp),
     )
@@ -173,12 +198,15 @@ def graph(hp: PPO) -> DataflowGraph:
         reads=("tokens", "completion_mask", "values", "value_targets"),
     )
     reference = infer(reads=scored, temperature=temperature)
+    as_trained = dataclasses.replace(reference, is_as_trained=True)
+    correction = {"proximal": call("policy", as_trained, logprobs="proximal_logprobs")}
     return DataflowGraph(
         rollout=call("policy", generate),
         reward=call(None if hp.rewards else "reward", score),
         reference=call("reference", reference, logprobs="ref_logprobs"),
         value=call("critic", infer(output="values")),
         advantages=call(None, estimate),
+        **(correction if hp.importance_cap else {}),
         train_policy=call("policy", train_policy),
         train_critic=call("critic", train_critic),
         **following("reference", source="policy", weight=hp.reference_ema),

@@ -54,6 +54,7 @@ class Sizes:
         working: what a call needs while it runs, by its name.
         batch: keys of the batch that a call reads and writes, by its name. They stay
             until the step ends.
+        arriving: what a copy takes, beyond `copies`, until it is quantized.
         pools: keys and values of a call that generates, by its name; they stay from one
             step to the next.
         streamed: roles whose moments stay in host memory all the time.
@@ -64,6 +65,9 @@ class Sizes:
     moving: Mapping[tuple[str, Hashable], int]
     working: Mapping[str, int]
     batch: Mapping[str, int]
+    arriving: Mapping[tuple[str, Hashable], int] = dataclasses.field(
+        default_factory=dict
+    )
     pools: Mapping[str, int] = dataclasses.field(default_factory=dict)
     streamed: frozenset[str] = frozenset()
 
@@ -233,6 +237,8 @@ class _Ledger:
                 for end in (place, self.homes[role]):
                     moving = self.sizes.moving.get(key, 0)
                     passing["moving", end.key] = self._held(end, "pieces", moving)
+                arriving = self.sizes.arriving.get(key, 0)
+                passing["arriving", key] = self._held(place, what, arriving)
             case Release(role, place):
                 del self.device[role, place.key]
             case Reload(role, part):

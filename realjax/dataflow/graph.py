@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from realjax.functions.function import Follow, Function, Train
+from realjax.functions.function import Follow, Function, Infer, Train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,13 @@ class ModelFunctionCall:
     def changes_role(self) -> bool:
         """Whether the role's parameters are others after the call."""
         return self.is_training or self.is_following
+
+    @property
+    def needs_masters(self) -> bool:
+        """Whether the call works with float32 masters, and not with a copy."""
+        return self.changes_role or (
+            isinstance(self.function, Infer) and self.function.is_as_trained
+        )
 
 
 def call(role: str | None, function: Function, **renames: str) -> ModelFunctionCall:

@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping
 
 from realjax.core.config import suggest
 from realjax.dataflow.graph import DataflowGraph
-from realjax.functions.function import Generate, Score, Transform
+from realjax.functions.function import Generate, Infer, Score, Transform
 from realjax.models.pages import DTYPES as KV_DTYPES
+from realjax.models.quantized import DTYPES as WEIGHTS
 from realjax.parallel.allocation import Allocation
 from realjax.rollout.settings import Settings
 
@@ -26,12 +27,15 @@ class CallPlan:
             row shard.
         pages: of the pool of a call that generates; 0 is enough for any completions.
         kv_dtype: of that pool; "" is the model's.
+        weights: type of matrices in the call's copy of the parameters, one of
+            `models.quantized.DTYPES`; "" is that of the role.
     """
 
     allocation: Allocation
     rows: int = 0
     pages: int = 0
     kv_dtype: str = ""
+    weights: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,7 @@ class ExecutionPlan:
             f"{name:<{width}}  {plan.allocation}"
             + "".join(
                 f"  {key} {value}"
-                for key in ("rows", "pages", "kv_dtype")
+                for key in ("rows", "pages", "kv_dtype", "weights")
                 if (value := getattr(plan, key))
             )
             for name, plan in self.calls.items()
@@ -110,6 +114,7 @@ class ExecutionPlan:
                     "rows": plan.rows,
                     "pages": plan.pages,
                     "kv_dtype": plan.kv_dtype,
+                    "weights": plan.weights,
                 }
                 for name, plan in self.calls.items()
             },
@@ -125,6 +130,8 @@ def make_plan(
     rows: Mapping[str, int] | None = None,
     pages: Mapping[str, int] | None = None,
     kv_dtype: Mapping[str, str] | None = None,
+    weights: Mapping[str, str] | None = None,
+    role_weights: Mapping[str, str] | None = None,
     microbatch_tokens: int = 2048,
     offloaded: Collection[str] = (),
 ) -> ExecutionPlan:
@@ -138,6 +145,9 @@ def make_plan(
         rows: by call; see `CallPlan.rows`.
         pages: by call that generates; see `CallPlan.pages`.
         kv_dtype: by call that generates; see `CallPlan.kv_dtype`.
+        weights: by call that generates or infers; see `CallPlan.weights`.
+        role_weights: by role that no call trains, for all such calls of it that are
+            not in `weights`.
         microbatch_tokens: see `ExecutionPlan`.
         offloaded: roles whose calls all have the option `+offload`.
 
@@ -166,6 +176,7 @@ def make_plan(
                 f"kv_dtype.{name} is {dtype!r}; it must be one of "
                 f"{', '.join(KV_DTYPES)}."
             )
+    weights = _call_weights(graph, weights or {}, role_weights or {})
     default = allocation or f"d{num_devices}"
     places: dict[str, CallPlan] = {}
     for name in reversed(graph.order()):  # Readers first.
@@ -176,6 +187,8 @@ def make_plan(
         if not text and isinstance(function, Transform):
             readers = [child for child in graph.children(name) if child in places]
             text = str(places[readers[0]].allocation) if readers else ""
+        if not text and isinstance(function, Infer) and function.is_as_trained:
+            text = allocations.get(_training_call(graph, name), "")
         place = Allocation.parse(text or default)
         _check_devices(name, place, num_devices)
         role = graph.calls[name].role
@@ -191,6 +204,7 @@ def make_plan(
             rows=rows.get(name, 0),
             pages=pages.get(name, 0),
             kv_dtype=kv_dtype.get(name, ""),
+            weights=weights.get(name, ""),
         )
         if isinstance(function, Generate) and place.stage > 1:
             raise ValueError(
@@ -202,6 +216,57 @@ def make_plan(
     return ExecutionPlan(
         graph=graph, calls=ordered, microbatch_tokens=microbatch_tokens
     )
+
+
+def _training_call(graph: DataflowGraph, name: str) -> str:
+    """The call that trains the role of a call."""
+    role = graph.calls[name].role
+    training = (n for n, c in graph.calls.items() if c.role == role and c.is_training)
+    found = next(training, "")
+    if not found:
+        raise ValueError(
+            f"Call {name!r} infers as the training of {role!r} would, and no call "
+            "trains that role. Leave is_as_trained out."
+        )
+    return found
+
+
+def _call_weights(
+    graph: DataflowGraph, by_call: Mapping[str, str], by_role: Mapping[str, str]
+) -> dict[str, str]:
+    """The type of every call's weights; refuses those that cannot be of 8 bits."""
+    given = [(f"weights.{name}", dtype) for name, dtype in by_call.items()]
+    given += [(f"roles.{role}.weights", dtype) for role, dtype in by_role.items()]
+    for option, dtype in given:
+        if dtype and dtype not in WEIGHTS:
+            raise ValueError(
+                f"{option} is {dtype!r}; it must be one of {', '.join(WEIGHTS)}."
+            )
+    for role, dtype in by_role.items():
+        if dtype and role in graph.trained_roles:
+            raise ValueError(
+                f"roles.{role}.weights is {dtype!r}, and a call trains this role: an "
+                "optimizer's steps are smaller than those between numbers of 8 bits. "
+                "Quantize the copy of a call that samples or infers: weights.<call>."
+            )
+    found = {}
+    for name, node in graph.calls.items():
+        is_read = isinstance(node.function, Generate | Infer)
+        can_be_cut = is_read and not node.needs_masters
+        of_role = by_role.get(node.role or "", "") if can_be_cut else ""
+        found[name] = by_call.get(name, "") or of_role
+        if found[name] and not can_be_cut:
+            raise ValueError(
+                f"weights.{name} is {found[name]!r}, and this call does not sample or "
+                "infer with a copy of parameters. Training, following and inferring as "
+                "the training would take whole numbers: leave it out."
+            )
+    if unknown := sorted(by_call.keys() - found.keys()):
+        raise ValueError(
+            f"The plan names the call {unknown[0]!r}, which this graph does not have. "
+            f"{suggest(unknown[0], graph.calls)}"
+        )
+    return found
 
 
 def _check_devices(name: str, allocation: Allocation, num_devices: int) -> None:

@@ -33,19 +33,26 @@ Part = Literal["parameters", "optimizer"]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a copy of a role's parameters lies, and in which type."""
+    """Where a copy of a role's parameters lies, and in which type.
+
+    Attributes:
+        allocation: devices and strategy.
+        dtype: of the parameters.
+        weights: of matrices where those are of 8 bits; "" is `dtype`.
+    """
 
     allocation: Allocation
     dtype: str
+    weights: str = ""
 
     @property
     def key(self):
         """Equal for places where the same copy serves."""
-        return self.allocation.layout_key, self.dtype
+        return self.allocation.layout_key, self.dtype, self.weights
 
     def __str__(self):
         """As in the drawing above."""
-        return f"{self.allocation} {self.dtype}"
+        return f"{self.allocation} {self.dtype} {self.weights}".rstrip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +134,9 @@ def home_places(
 ) -> dict[str, Place]:
     """Where each role's parameters stay between calls.
 
+    In 8 bits only where all its calls take the same: whole numbers are not to be had of
+    them again.
+
     Args:
         graph: of the algorithm.
         plan: allocations.
@@ -145,8 +155,11 @@ def home_places(
             )
         if changing:
             homes[role] = Place(plan.calls[changing[0]].allocation, "float32")
-        else:
-            homes[role] = Place(plan.calls[names[0]].allocation, dtypes[role])
+            continue
+        first, *others = (place_of(graph, plan, dtypes, name) for name in names)
+        if any(place.key != first.key for place in others):
+            first = dataclasses.replace(first, weights="")
+        homes[role] = first
     return homes
 
 
@@ -156,8 +169,9 @@ def place_of(
     """Where call `name` needs its role's parameters."""
     node = graph.calls[name]
     assert node.role is not None
-    dtype = "float32" if node.changes_role else dtypes[node.role]
-    return Place(plan.calls[name].allocation, dtype)
+    dtype = "float32" if node.needs_masters else dtypes[node.role]
+    call = plan.calls[name]
+    return Place(call.allocation, dtype, call.weights)
 
 
 def parts_of(graph: DataflowGraph, role: str, streamed: Collection[str]) -> set[Part]:

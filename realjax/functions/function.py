@@ -91,10 +91,13 @@ class Infer(Function):
     Attributes:
         output: what to compute; see `INFERRED`.
         temperature: divides the logits, as in the sampler, for "logprobs".
+        is_as_trained: whether numbers are those that a training call of the role would
+            find: with the masters, and where no allocation is given, where it trains.
     """
 
     output: Output = "logprobs"
     temperature: float = 1.0
+    is_as_trained: bool = False
     reads: tuple[str, ...] = ("tokens",)
 
     def __post_init__(self):

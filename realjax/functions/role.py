@@ -5,6 +5,7 @@ import dataclasses
 from realjax.core.config import check_choice
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.packed import ModelProgram
+from realjax.models import quantized
 from realjax.models.config import ModelConfig
 from realjax.models.transformer import REMATS
 from realjax.parallel.allocation import Allocation
@@ -66,6 +67,8 @@ class RoleConfig:
         router: of a mixture of experts, where it differs from the model's.
         dtype: of matrix products; "" means bfloat16 on a GPU, float32 elsewhere. A
             role that is trained is not "float16".
+        weights: of the matrices of a role that is not trained: "int8" or
+            "float8_e4m3fn"; "" is `dtype`. See `models.quantized`.
         remat: what the backward pass computes anew, one of `transformer.REMATS`.
         offload: whether what the role keeps waits in host memory between its calls:
             `+offload` in all their allocations.
@@ -78,6 +81,7 @@ class RoleConfig:
     model: dict = dataclasses.field(default_factory=dict)
     router: RouterConfig = RouterConfig()
     dtype: str = ""
+    weights: str = ""
     remat: str = "none"
     offload: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -85,6 +89,7 @@ class RoleConfig:
     def __post_init__(self):
         """Refuses misspelt choices."""
         check_choice("dtype", self.dtype, ("", *DTYPES))
+        check_choice("weights", self.weights, ("", *quantized.DTYPES))
         check_choice("remat", self.remat, tuple(REMATS))
 
 

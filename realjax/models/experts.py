@@ -18,8 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.grouped_matmul import grouped_matmul
 from realjax.core.arrays import Array, Float, Int
+from realjax.models import quantized
 from realjax.models.mlp import activated
 from realjax.models.projection import PRODUCT
+from realjax.models.quantized import Quantized
 
 
 class Choice(NamedTuple):
@@ -32,26 +34,40 @@ class Choice(NamedTuple):
 class ExpertKernels(NamedTuple):
     """The matrices of all experts of one layer."""
 
-    gate: Float[Array, "E D F"]
-    up: Float[Array, "E D F"]
-    down: Float[Array, "E F D"]
+    gate: Float[Array, "E D F"] | Quantized
+    up: Float[Array, "E D F"] | Quantized
+    down: Float[Array, "E F D"] | Quantized
 
 
 ApplyExperts = Callable[[Array, Choice, ExpertKernels, str], Array]
 
 # multiply(rows, kernels, group_sizes, name of the kernels)
-Multiply = Callable[[Array, Array, Array, str], Array]
+Multiply = Callable[[Array, Array | Quantized, Array, str], Array]
 
 
 def plain_multiply(
     rows: Float[Array, "P D"],
-    kernels: Float[Array, "E D F"],
+    kernels: Float[Array, "E D F"] | Quantized,
     group_sizes: Int[Array, " E"],
     name: str,
 ) -> Float[Array, "P F"]:
     """Multiply each group of rows by its kernel, where all of it is at hand."""
     del name
+    if isinstance(kernels, Quantized):
+        return multiply_quantized(rows, kernels, group_sizes)
     return grouped_matmul(rows, kernels, group_sizes)
+
+
+def multiply_quantized(
+    rows: Float[Array, "P D"], kernels: Quantized, group_sizes: Int[Array, " E"]
+) -> Float[Array, "P F"]:
+    """Multiply each group of rows by its kernel, and the products by its scale."""
+    values = quantized.numbers(kernels, rows.dtype)
+    products = grouped_matmul(rows, values, group_sizes)
+    groups = jnp.arange(len(group_sizes))
+    # Rows past the last group are zeros, whatever their scale.
+    group = jnp.repeat(groups, group_sizes, total_repeat_length=len(rows))
+    return (products * kernels.scale[group]).astype(rows.dtype)
 
 
 def apply_experts(

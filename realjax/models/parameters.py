@@ -28,11 +28,13 @@ class Parameter(NamedTuple):
         shape: in memory.
         axes: what each dimension is.
         real_shape: without the padding, which lies at the end of a dimension.
+        dtype: of a part of a quantized matrix; "" is that of the tree.
     """
 
     shape: tuple[int, ...]
     axes: Axes
     real_shape: tuple[int, ...]
+    dtype: str = ""
 
 
 def abstract_parameters(config: ModelConfig) -> PyTree:

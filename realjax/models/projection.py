@@ -9,6 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from realjax.core.arrays import Array, Float
+from realjax.models import quantized
+from realjax.models.quantized import Quantized
 
 # The name of these products for rematerialisation policies, which do not see inside a
 # function with a gradient of its own.
@@ -57,6 +59,21 @@ def _project_backward(num_contracted: int, saved, cotangent: Array):
 project.defvjp(_project_forward, _project_backward)
 
 
+def project_quantized(
+    x: Float[Array, "*inputs"], kernel: Quantized, num_contracted: int
+) -> Float[Array, "*outputs"]:
+    """Contract as `project` does; the sums are float32 until they are scaled."""
+    last = tuple(range(x.ndim - num_contracted, x.ndim))
+    sums = jax.lax.dot_general(
+        x,
+        quantized.numbers(kernel, x.dtype),
+        ((last, tuple(range(num_contracted))), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    scale = jnp.expand_dims(kernel.scale, tuple(range(sums.ndim - kernel.scale.ndim)))
+    return (sums * scale).astype(x.dtype)
+
+
 class Projection(nn.Module):
     """A learned matrix, of any number of input and output dimensions."""
 
@@ -71,7 +88,8 @@ class Projection(nn.Module):
         """Project every token."""
         shape = (*x.shape[x.ndim - self.num_contracted :], *self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        out = project(x.astype(self.dtype), kernel, self.num_contracted)
+        multiply = project_quantized if isinstance(kernel, Quantized) else project
+        out = multiply(x.astype(self.dtype), kernel, self.num_contracted)
         out = checkpoint_name(out, PRODUCT)
         if not self.has_bias:
             return out

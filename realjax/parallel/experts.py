@@ -32,11 +32,13 @@ from realjax.models.experts import (
     Choice,
     ExpertKernels,
     collect,
+    multiply_quantized,
     pair_outputs,
     sorted_pairs,
     spread,
     weighted_sum,
 )
+from realjax.models.quantized import Quantized
 from realjax.parallel.sharding import AXES, manual_axes, num_parts
 
 ROOM = 1.25
@@ -78,11 +80,16 @@ class _Layout(NamedTuple):
     def tokens(self) -> P:
         return self._spec(self.row_axes, self.place_axes)
 
-    @property
-    def kernels(self) -> ExpertKernels:
+    def kernels(self, kernels: ExpertKernels) -> ExpertKernels:
+        """Return the specs; scales are small, and are not cut by width."""
         wide = self._spec(("expert",), self.width_axes, ("tensor",))
         tall = self._spec(("expert",), ("tensor",), self.width_axes)
-        return ExpertKernels._make((wide, wide, tall))
+        specs = ExpertKernels._make((wide, wide, tall))
+        if not isinstance(kernels.gate, Quantized):
+            return specs
+        wide_scale = self._spec(("expert",), ("tensor",))
+        scales = (wide_scale, wide_scale, self._spec(("expert",), ()))
+        return ExpertKernels._make(map(Quantized, specs, scales))
 
     @property
     def parts(self) -> P:
@@ -137,7 +144,7 @@ def experts_for(mesh: Mesh, *, options: frozenset[str] = frozenset()) -> ApplyEx
         parts = jax.shard_map(
             functools.partial(_on_device, layout, activation),
             mesh=around,
-            in_specs=(layout.tokens, layout.tokens, layout.kernels),
+            in_specs=(layout.tokens, layout.tokens, layout.kernels(kernels)),
             out_specs=layout.parts,
             axis_names=frozenset(mesh.axis_names) - manual,
             check_vma=False,  # Kernels start their loops from plain zeros.
@@ -332,10 +339,19 @@ _later_rounds.defvjp(_later_forward, _later_backward)
 
 
 def _multiply(
-    layout: _Layout, rows: Array, kernels: Array, group_sizes: Array, name: str
+    layout: _Layout,
+    rows: Array,
+    kernels: Array | Quantized,
+    group_sizes: Array,
+    name: str,
 ) -> Array:
     """Multiply each group of rows by its kernel, gathered from its cuts."""
     width = 2 if name == "down" else 1
+    if isinstance(kernels, Quantized):
+        if layout.width_axes:  # In 8 bits: half of what the products read.
+            values = _gathered(layout.width_axes, width, kernels.values)
+            kernels = kernels._replace(values=values)
+        return multiply_quantized(rows, kernels, group_sizes)
     if not layout.width_axes:
         return grouped_matmul(rows, kernels, group_sizes)
     return _gathered_product(layout.width_axes, width, rows, kernels, group_sizes)

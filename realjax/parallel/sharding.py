@@ -157,13 +157,15 @@ def bytes_per_device(
     Args:
         abstract_tree: Leaves with `shape` and `axes`.
         mesh: The mesh of the call.
-        dtype: Type of the stored parameters; masters are float32.
+        dtype: Type of the stored parameters; masters are float32. A leaf may have its
+            own (`dtype`).
         options: As in `parameter_shardings`.
     """
     leaves = jax.tree.leaves(abstract_tree, is_leaf=_is_abstract_leaf)
     shardings = parameter_shardings(abstract_tree, mesh, options=options)
     return sum(
-        math.prod(sharding.shard_shape(tuple(leaf.shape))) * np.dtype(dtype).itemsize
+        math.prod(sharding.shard_shape(tuple(leaf.shape)))
+        * np.dtype(getattr(leaf, "dtype", "") or dtype).itemsize
         for leaf, sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
     )
 

@@ -18,7 +18,7 @@ from realjax.dataflow.graph import DataflowGraph
 from realjax.dataflow.plan import ExecutionPlan
 from realjax.functions.function import Generate, Train
 from realjax.functions.role import Role
-from realjax.models import pages, transformer
+from realjax.models import pages, quantized, transformer
 from realjax.models.config import ModelConfig
 from realjax.models.partition import Partition
 from realjax.parallel.allocation import Allocation
@@ -168,12 +168,10 @@ def memory_sizes(
     """
     dtypes = {name: role.dtype for name, role in roles.items()}
     homes = schedule_lib.home_places(graph, plan, dtypes)
-    parts, copies, moving = {}, {}, {}
+    parts, copies, moving, arriving = {}, {}, {}, {}
     working, batch, pools = {}, {}, {}
     for name, home in homes.items():
-        parts[name, "parameters"] = _parameter_bytes(
-            roles[name].model, home.allocation, home.dtype
-        )
+        parts[name, "parameters"] = _parameter_bytes(roles[name].model, home)
         parts[name, "optimizer"] = MOMENTS * _cut_bytes(
             roles[name].model, home.allocation
         )
@@ -191,10 +189,12 @@ def memory_sizes(
         place = schedule_lib.place_of(graph, plan, dtypes, name)
         if place.key != homes[node.role].key:
             key = (node.role, place.key)
-            copies[key] = _parameter_bytes(
-                roles[node.role].model, allocation, place.dtype
-            )
-            moving[key] = int(PIECES * copies[key])
+            model = roles[node.role].model
+            whole = _parameter_bytes(model, dataclasses.replace(place, weights=""))
+            copies[key] = _parameter_bytes(model, place)
+            moving[key] = int(PIECES * whole)
+            # It arrives whole, and is quantized matrix by matrix.
+            arriving[key] = whole - copies[key]
         working[name] = _working_bytes(plan, name, node, roles, num_rows, work)
         if isinstance(node.function, Generate):
             room = _room(plan, name, roles[node.role].model, num_rows, work)
@@ -203,6 +203,7 @@ def memory_sizes(
         parts=parts,
         copies=copies,
         moving=moving,
+        arriving=arriving,
         working=working,
         batch=batch,
         pools=pools,
@@ -219,12 +220,12 @@ def streamed_roles(roles: Mapping[str, Role]) -> frozenset[str]:
     )
 
 
-def _parameter_bytes(model: ModelConfig, allocation: Allocation, dtype: str) -> int:
+def _parameter_bytes(model: ModelConfig, place: schedule_lib.Place) -> int:
     return bytes_per_device(
-        transformer.abstract_parameters(model),
-        abstract_mesh(allocation),
-        dtype=jax.numpy.dtype(dtype),
-        options=allocation.options,
+        quantized.abstract(transformer.abstract_parameters(model), place.weights),
+        abstract_mesh(place.allocation),
+        dtype=jax.numpy.dtype(place.dtype),
+        options=place.allocation.options,
     )
 
 
@@ -259,7 +260,7 @@ def _working_bytes(plan, name, node, roles, num_rows: int, work: Work) -> int:
             node.function, model, allocation, itemsize, rows, settings, work
         )
     if node.is_following:
-        return _parameter_bytes(model, allocation, "float32")
+        return _parameter_bytes(model, schedule_lib.Place(allocation, "float32"))
     rows = plan.num_rows(name, max_rows=num_rows, row_length=work.width)
     num_tokens = rows // allocation.num_row_shards * work.width // allocation.stage
     layer = _layer_bytes(model, allocation, itemsize, num_tokens)

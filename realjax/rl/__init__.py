@@ -2,11 +2,12 @@
 
 Reading order: `masking` (means over tokens that count), `logprobs` and `sampling` (one
 definition of a log-probability), `rewards`, `advantages`, `normalization`, `kl`,
-`losses`.
+`losses`, `importance` (a sampler that is not quite the policy in training).
 """
 
 from realjax.rl import (
     advantages,
+    importance,
     kl,
     logprobs,
     losses,
@@ -26,6 +27,7 @@ __all__ = [
     "Sampling",
     "ScoreShaping",
     "advantages",
+    "importance",
     "kl",
     "logprobs",
     "losses",

@@ -28,7 +28,7 @@ from realjax.functions.infer import InferProgram
 from realjax.functions.packed import ModelProgram
 from realjax.functions.routers import RouterInputs
 from realjax.functions.train import TrainProgram
-from realjax.models import hf, transformer
+from realjax.models import hf, quantized, transformer
 from realjax.models.config import ModelConfig
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import make_mesh
@@ -127,6 +127,8 @@ class _Described:
             rows=config.rows,
             pages=config.pages,
             kv_dtype=config.kv_dtype,
+            weights=config.weights,
+            role_weights={name: r.weights for name, r in config.roles.items()},
             microbatch_tokens=config.microbatch_tokens
             or MICROBATCH_TOKENS * num_devices,
             offloaded=[name for name, role in config.roles.items() if role.offload],
@@ -204,7 +206,7 @@ class _Described:
             if (value := getattr(rollout, local)) is not None
         }
         self._put(node, made)
-        parameters = _parameters(program, mesh, jnp.dtype(program.dtype))
+        parameters = self._copy(name, node, program, mesh)
         return self._launches(generate.engine, mesh, parameters, prompts)
 
     def _launches(self, engine: Engine, mesh: Mesh, parameters: PyTree, prompts):
@@ -261,13 +263,20 @@ class _Described:
             for local in INFERRED[node.function.output]
         }
         arguments = (
-            _parameters(program, mesh, jnp.dtype(program.dtype)),
+            self._copy(name, node, program, mesh),
             _on(mesh, outputs),
             self._inputs(node, mesh),
             self._packing(name, program),
         )
         self._put(node, outputs)
         return {"fill": (infer._fill, arguments)}
+
+    def _copy(self, name, node, program: ModelProgram, mesh: Mesh) -> PyTree:
+        """Give the parameters that a call reads."""
+        dtype = "float32" if node.needs_masters else program.dtype
+        return _parameters(
+            program, mesh, jnp.dtype(dtype), self.plan.calls[name].weights
+        )
 
     def _train(self, name, node, program: ModelProgram, mesh: Mesh):
         config = self.config.roles[node.role].optimizer
@@ -347,19 +356,22 @@ def _on(mesh: Mesh, arrays: Shapes) -> Shapes:
     }
 
 
-def _abstract(program: ModelProgram, dtype: Any) -> PyTree:
+def _abstract(program: ModelProgram, dtype: Any, weights: str = "") -> PyTree:
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype),
-        transformer.abstract_parameters(program.config),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype or dtype),
+        quantized.abstract(transformer.abstract_parameters(program.config), weights),
         is_leaf=lambda node: hasattr(node, "axes"),
     )
 
 
-def _parameters(program: ModelProgram, mesh: Mesh, dtype: Any) -> PyTree:
+def _parameters(
+    program: ModelProgram, mesh: Mesh, dtype: Any, weights: str = ""
+) -> PyTree:
+    abstract = transformer.abstract_parameters(program.config)
     shardings = parameter_shardings(
-        transformer.abstract_parameters(program.config), mesh, options=program.options
+        quantized.abstract(abstract, weights), mesh, options=program.options
     )
-    return jax.tree.map(_placed, _abstract(program, dtype), shardings)
+    return jax.tree.map(_placed, _abstract(program, dtype, weights), shardings)
 
 
 def _train_state(train: TrainProgram, program: ModelProgram) -> Any:

@@ -13,12 +13,13 @@ import jax
 from realjax.core.arrays import PyTree
 from realjax.dataflow.schedule import Part, Place
 from realjax.functions.train import TrainState
-from realjax.models import transformer
+from realjax.models import quantized, transformer
 from realjax.models.config import ModelConfig
 from realjax.parallel.mesh import make_mesh
 from realjax.parallel.sharding import parameter_shardings
 from realjax.realloc import offload
 from realjax.realloc.mixing import mix
+from realjax.realloc.quantizing import quantize
 from realjax.realloc.transfer import Traffic, reallocate
 
 PARTS: tuple[Part, ...] = ("parameters", "optimizer")
@@ -76,9 +77,19 @@ class ParameterStore:
         self._kept: dict[str, _Kept] = {role: _Kept() for role in homes}
         self._copies: dict[tuple, tuple[int, PyTree]] = {}
 
-    def shardings(self, role: str, place: Place) -> PyTree:
-        """How the role's parameters lie at a place."""
+    def shardings(
+        self, role: str, place: Place, *, is_quantized: bool = False
+    ) -> PyTree:
+        """How the role's parameters lie at a place.
+
+        Args:
+            role: whose.
+            place: where.
+            is_quantized: as they stay there; else as they come, in `place.dtype` alone.
+        """
         abstract = transformer.abstract_parameters(self.models[role])
+        if is_quantized:
+            abstract = quantized.abstract(abstract, place.weights)
         allocation = place.allocation
         return parameter_shardings(
             abstract, make_mesh(allocation), options=allocation.options
@@ -119,6 +130,9 @@ class ParameterStore:
         moved = reallocate(
             parameters, self.shardings(role, home), dtype=home.dtype, alias=True
         )
+        if home.weights:
+            cut = self.shardings(role, home, is_quantized=True)
+            moved = quantize(moved, cut, home.weights)
         self._change(role, {"parameters": moved})
         if (role, "parameters") in self.resting:
             self.offload(role)
@@ -243,6 +257,9 @@ class ParameterStore:
             traffic=traffic,
             verify=self.verifies,
         )
+        if place.weights:
+            cut = self.shardings(role, place, is_quantized=True)
+            copy = quantize(copy, cut, place.weights, donate=True)
         self._copies[role, place.key] = kept.version, copy
         return copy
 

@@ -84,6 +84,8 @@ def plan_for(config: RunConfig, graph: DataflowGraph, num_devices: int):
         rows=config.rows,
         pages=config.pages,
         kv_dtype=config.kv_dtype,
+        weights=config.weights,
+        role_weights={name: r.weights for name, r in config.roles.items()},
         microbatch_tokens=config.microbatch_tokens
         or (2048 if on_cpu else 16384 * num_devices),
         offloaded=[name for name, role in config.roles.items() if role.offload],

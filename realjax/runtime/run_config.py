@@ -64,6 +64,8 @@ class RunConfig:
         pages: by call that generates: of its pool of keys and values; 0 is enough for
             any completions, or what `memory_gib` leaves free.
         kv_dtype: by call that generates: of that pool; "" is the model's.
+        weights: by call that generates or infers: of the matrices in its copy of the
+            parameters, "int8" or "float8_e4m3fn"; "" is the role's.
         microbatch_tokens: where `rows` does not say; 0 is 2048, or on GPU 16384 times
             the data shards.
         memory_gib: of a device, which the plan must fit; 0 asks the device, and where
@@ -93,6 +95,7 @@ class RunConfig:
     rows: dict[str, int] = dataclasses.field(default_factory=dict)
     pages: dict[str, int] = dataclasses.field(default_factory=dict)
     kv_dtype: dict[str, str] = dataclasses.field(default_factory=dict)
+    weights: dict[str, str] = dataclasses.field(default_factory=dict)
     microbatch_tokens: int = 0
     memory_gib: float = 0.0
     check_links: bool = True
