@@ -53,6 +53,8 @@ def get_config(variant: str = "") -> ConfigDict:
             allocation="f8",
             allocations=dict.fromkeys(CALLS, ""),
             rows=dict.fromkeys(CALLS, 32),
+            kv_dtype={"rollout": ""},
+            weights={"rollout": ""},
         )
     )
     config.hp = config_dict(PPO)

@@ -48,6 +48,8 @@ def get_config(variant: str = "") -> ConfigDict:
             ),
             allocations=dict.fromkeys(CALLS, ""),
             rows=dict.fromkeys(CALLS, 0),
+            kv_dtype={"rollout": ""},
+            weights={"rollout": ""},
             checkpoint=CheckpointConfig(every_minutes=30.0),
             evaluation=EvaluationConfig(every_steps=50),
         )
