@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import jax
 import numpy as np
 
+from pallas_kernels.paged_attention.reference import MOST_SCORES
 from realjax.dataflow import schedule as schedule_lib
 from realjax.dataflow.account import Account, Sizes, account
 from realjax.dataflow.graph import DataflowGraph
@@ -25,6 +26,7 @@ from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import abstract_mesh
 from realjax.parallel.sharding import bytes_per_device
 from realjax.rl.sampling import kept_width
+from realjax.rollout.scheduler import SHORTEST_CHUNK
 from realjax.rollout.settings import Settings
 from realjax.rollout.shard import Room, room_of
 
@@ -133,10 +135,9 @@ def fit_pools(
     found = memory_account(graph, plan, roles, work, limit_bytes=limit_bytes)
     if found.fits:
         return plan
-    excess = int(found.peak_bytes.max()) - limit_bytes
     sizes, calls = memory_sizes(graph, plan, roles, work), dict(plan.calls)
     open_pools = {n: s for n, s in sizes.pools.items() if not plan.calls[n].pages}
-    total = sum(open_pools.values())
+    left = _shares(open_pools, plan, found)
     num_rows = work.num_rows
     for name in graph.order():
         node = graph.calls[name]
@@ -146,13 +147,27 @@ def fit_pools(
         if name not in open_pools:
             continue
         role = roles[node.role]  # pyright: ignore[reportArgumentType]: it generates
-        left = open_pools[name] - math.ceil(excess * open_pools[name] / total)
-        num_pages = left // _page_bytes(plan, name, role)
+        num_pages = left[name] // _page_bytes(plan, name, role)
         room = _room(plan, name, role.model, num_rows, work)
-        if num_pages >= room.needed_pages(work.width):
+        is_less = left[name] < open_pools[name]
+        if is_less and num_pages >= room.needed_pages(work.width):
             shards = calls[name].allocation.num_row_shards
             calls[name] = dataclasses.replace(calls[name], pages=num_pages * shards)
     return dataclasses.replace(plan, calls=calls)
+
+
+def _shares(
+    pools: Mapping[str, int], plan: ExecutionPlan, found: Account
+) -> dict[str, int]:
+    """Return what is left of pools when those of a device share what is too much."""
+    left = dict(pools)
+    for group, peak in zip(found.groups, found.peak_bytes.tolist(), strict=True):
+        here = [n for n in pools if group[0] in plan.calls[n].allocation.devices]
+        excess, total = max(peak - found.limit_bytes, 0), sum(pools[n] for n in here)
+        for name in here:
+            share = pools[name] - math.ceil(excess * pools[name] / total)
+            left[name] = min(left[name], share)
+    return left
 
 
 def memory_sizes(
@@ -305,18 +320,29 @@ def _page_bytes(plan, name, role: Role) -> int:
 def _generate_bytes(
     spec, model, allocation, itemsize, rows, settings: Settings, work: Work
 ) -> int:
-    """Beside the pool: logits, keys of one layer, a chunk of prompts, the result."""
+    """Beside the pool: a step of decoding or a chunk of prompts, and the result."""
+    tensor = allocation.tensor
     slots = -(-settings.slots // allocation.num_row_shards)
-    heads = math.lcm(model.num_kv_heads, allocation.tensor) // allocation.tensor
-    logits = slots * model.padded_vocab_size // allocation.tensor
-    gathered = 2 * slots * work.width * heads * model.head_dim * itemsize
-    layer = _layer_bytes(model, allocation, itemsize, settings.chunk_tokens)
+    # Keys and values of one row, gathered in one layer.
+    kv_heads = math.lcm(model.num_kv_heads, tensor) // tensor
+    gathered = 2 * work.width * kv_heads * model.head_dim * itemsize
+    weights = _feed_forward_bytes(model, allocation, itemsize)
+    # Of the whole vocabulary on every device, and their exponentials.
+    sampling = 2 * 4 * slots * model.padded_vocab_size
+    if allocation.fsdp > 1:
+        sampling += model.padded_vocab_size * model.width * itemsize // tensor
+    # One after the other in the same memory.
+    decode = max(slots * gathered, weights, sampling)
+    decode += int(FORWARD_SHARE * _layer_bytes(model, allocation, itemsize, slots))
+    tokens = settings.chunk_tokens
+    scores = min(tokens * work.width * model.num_heads // tensor, MOST_SCORES)
+    prefill = min(slots, max(tokens // SHORTEST_CHUNK, 1)) * gathered
+    prefill += (4 + itemsize) * scores + weights
+    prefill += int(FORWARD_SHARE * _layer_bytes(model, allocation, itemsize, tokens))
     form = kept_width(spec.sampling, model.vocab_size)
     # Tokens, log-probabilities and entropy of all rows, and the sets they kept.
-    rows = 4 * rows * work.width * (3 + (form[1] if form else 0))
-    prefill = int(FORWARD_SHARE * layer)
-    weights = _gathered_bytes(model, allocation, itemsize)
-    return gathered + 3 * 4 * logits + rows + prefill + weights
+    result = 4 * rows * work.width * (3 + (form[1] if form else 0))
+    return max(decode, prefill) + result
 
 
 def _layer_bytes(model, allocation, itemsize: int, num_tokens: int) -> int:
@@ -348,11 +374,20 @@ def _gathered_bytes(model, allocation: Allocation, itemsize: int) -> int:
     if allocation.fsdp == 1:
         return 0
     layers = transformer.abstract_parameters(model)["layers"]
-    count = sum(
-        math.prod(leaf.shape[1:])
-        for leaf in jax.tree.leaves(layers, is_leaf=lambda n: hasattr(n, "axes"))
-    )
-    return 2 * count * itemsize // (allocation.tensor * allocation.expert)
+    count = 2 * _count_of_layer(layers)
+    return count * itemsize // (allocation.tensor * allocation.expert)
+
+
+def _feed_forward_bytes(model, allocation: Allocation, itemsize: int) -> int:
+    """The feed-forward weights of one layer, out of the stack or gathered."""
+    layers = transformer.abstract_parameters(model)["layers"]
+    count = _count_of_layer(layers["moe" if model.moe else "mlp"])
+    return count * itemsize // (allocation.tensor * allocation.expert)
+
+
+def _count_of_layer(stacks) -> int:
+    leaves = jax.tree.leaves(stacks, is_leaf=lambda node: hasattr(node, "axes"))
+    return sum(math.prod(leaf.shape[1:]) for leaf in leaves)
 
 
 def _head_bytes(model, allocation: Allocation, itemsize: int, num_tokens: int) -> int:

@@ -3,7 +3,7 @@
 import pytest
 
 from realjax.algorithms import ppo
-from realjax.dataflow.plan import make_plan
+from realjax.dataflow.plan import MOST_SLOTS, make_plan
 
 GRAPH = ppo.graph(ppo.PPO())
 
@@ -53,3 +53,42 @@ def test_generation_over_stages_is_refused_and_the_reason_given():
     with pytest.raises(ValueError, match=r"'rollout' generates.*has 2 stages") as error:
         make_plan(GRAPH, num_devices=8, allocations={"rollout": "s2t2@0-3"})
     assert "would wait for the others at every token" in str(error.value)
+
+
+def test_an_engine_has_a_slot_for_every_completion_up_to_a_limit():
+    plan = make_plan(GRAPH, num_devices=8, allocations={"rollout": "d4t2"})
+    slots = lambda num_rows: plan.rollout_settings("rollout", num_rows=num_rows).slots
+    # As many on each of four row shards.
+    assert [slots(n) for n in (1, 4, 10)] == [4, 4, 12]
+    assert slots(10_000) == 4 * MOST_SLOTS
+
+
+def test_rows_pages_and_precision_of_a_call_are_those_of_its_engine():
+    plan = make_plan(
+        GRAPH,
+        num_devices=8,
+        rows={"rollout": 20},
+        pages={"rollout": 160},
+        kv_dtype={"rollout": "int8"},
+    )
+    settings = plan.rollout_settings("rollout", num_rows=64)
+    assert (settings.slots, settings.pages, settings.kv_dtype) == (24, 160, "int8")
+    assert plan.rollout_settings("rollout", num_rows=8).slots == 8
+    assert "rows 20  pages 160  kv_dtype int8" in plan.table()
+    own = plan.as_dict()["calls"]["rollout"]
+    assert (own["pages"], own["kv_dtype"]) == (160, "int8")
+
+
+@pytest.mark.parametrize(
+    "option", [{"pages": {"value": 8}}, {"kv_dtype": {"value": "int8"}}]
+)
+def test_a_pool_of_a_call_that_does_not_generate_is_refused(option):
+    with pytest.raises(ValueError, match=r"'value', which does not generate"):
+        make_plan(GRAPH, num_devices=8, **option)
+
+
+def test_an_unknown_type_of_keys_and_values_is_refused():
+    with pytest.raises(ValueError, match=r"kv_dtype.rollout is 'int4'.*int8"):
+        make_plan(GRAPH, num_devices=8, kv_dtype={"rollout": "int4"})
+    with pytest.raises(ValueError, match="Did you mean 'rollout'"):
+        make_plan(GRAPH, num_devices=8, kv_dtype={"rolout": "int8"})
