@@ -191,7 +191,8 @@ class Lines:
 
     def __init__(self, prompts: Sequence[str], write: Callable[[str], None]):
         self._prompts, self._write = prompts, write
-        self._next, self._waiting = 0, {}
+        self._next = 0
+        self._waiting: dict[int, Completion] = {}
 
     def add(self, place: int, completion: Completion) -> None:
         """Takes a completion, in any order."""

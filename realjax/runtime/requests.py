@@ -1,7 +1,6 @@
 """What is asked of a model for each prompt, checked one by one."""
 
 import dataclasses
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +45,7 @@ def read_requests(
     sampling: Sampling,
     *,
     max_new_tokens: int | Sequence[int],
-    seeds: Sequence[int] | None,
+    seed: int | Sequence[int],
 ) -> list[Request]:
     """Check prompts and what goes with each.
 
@@ -55,7 +54,7 @@ def read_requests(
         prompts: texts, or lists of ids.
         sampling: of all.
         max_new_tokens: of all, or of each.
-        seeds: of each; without them its place in the list takes their part.
+        seed: of each; where there is one for all, the place in the list takes its part.
 
     Returns:
         A request for each prompt; one that cannot be fulfilled has an `error`.
@@ -73,37 +72,34 @@ def read_requests(
             "The prompts are text and the model's folder has no tokenizer. "
             "Give lists of ids, or a folder with tokenizer.json."
         )
-    limits: Sequence[Any] = (
-        [max_new_tokens] * len(prompts)
-        if isinstance(max_new_tokens, numbers.Integral)
-        else list(max_new_tokens)  # pyright: ignore[reportArgumentType]
-    )
-    seeds = range(len(prompts)) if seeds is None else seeds
-    for name, values in (("max_new_tokens", limits), ("seed", seeds)):
-        if len(values) != len(prompts):
-            raise ValueError(
-                f"{name} has {len(values)} entries for {len(prompts)} prompts. Give "
-                "one for all, or one for each."
-            )
+    places = range(len(prompts))
+    seeds = places if isinstance(seed, int | np.integer) else seed
     requests = []
-    for place, (prompt, limit, seed) in enumerate(
-        zip(prompts, limits, seeds, strict=True)
+    for place, prompt, limit, own_seed in zip(
+        places,
+        prompts,
+        _for_each("max_new_tokens", max_new_tokens, prompts),
+        _for_each("seed", seeds, prompts),
+        strict=True,
     ):
         try:
             ids = _ids(model, prompt, f"Prompt {place}")
             _check_limit(model, sampling, len(ids), limit, f"Prompt {place}")
-            if not (_is_whole(seed) and 0 <= seed < NUM_SEEDS):
+            if not (_is_whole(own_seed) and 0 <= own_seed < NUM_SEEDS):
                 raise ValueError(
-                    f"The seed of prompt {place} is {seed!r}. Give a whole number from "
-                    "0, less than 2**32."
+                    f"The seed of prompt {place} is {own_seed!r}. Give a whole number "
+                    "from 0, less than 2**32."
                 )
         except ValueError as error:
             requests.append(Request(place=place, error=str(error)))
-            continue
-        found = Request(
-            place=place, ids=ids, max_new_tokens=int(limit), data_id=int(seed)
-        )
-        requests.append(found)
+        else:
+            found = Request(
+                place=place,
+                ids=ids,
+                max_new_tokens=int(limit),
+                data_id=int(own_seed),
+            )
+            requests.append(found)
     return requests
 
 
@@ -147,6 +143,18 @@ def word_ids(
     return tuple(dict.fromkeys(found))
 
 
+def _for_each(name: str, values: Any, prompts: Sequence[Prompt]) -> Sequence[Any]:
+    """A value for each prompt, from one for all or from as many."""
+    if isinstance(values, int | np.integer):
+        return [values] * len(prompts)
+    if len(values) != len(prompts):
+        raise ValueError(
+            f"{name} has {len(values)} entries for {len(prompts)} prompts. Give one "
+            "for all, or one for each."
+        )
+    return values
+
+
 def _ids(model: Model, prompt: Any, what: str) -> tuple[int, ...]:
     if isinstance(prompt, str):
         assert model.tokenizer is not None
@@ -160,7 +168,7 @@ def _ids(model: Model, prompt: Any, what: str) -> tuple[int, ...]:
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"{what} is {prompt!r:.60}, neither a text nor a list of ids.")
     check_ids(ids, model.config, what)
-    return tuple(ids.tolist())
+    return tuple(map(int, ids))
 
 
 def _check_limit(
@@ -182,4 +190,4 @@ def _check_limit(
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -5,7 +5,6 @@ prompts ──▶ requests ──▶ portions ──▶ engine ──▶ complet
 """
 
 import dataclasses
-import numbers
 import time
 from collections.abc import Callable, Sequence
 
@@ -126,13 +125,12 @@ def sample(
     sampling = _sampling(model, max_new_tokens, bad_words, options)
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     eos_ids = _eos_ids(model, stop)
-    has_one_seed = isinstance(seed, numbers.Integral)
     requests = read_requests(
         model,
         prompts,
         sampling,
         max_new_tokens=max_new_tokens,
-        seeds=None if has_one_seed else seed,
+        seed=seed,
     )
     _check_limit(model, sampling)
     call = _Call(
@@ -148,7 +146,7 @@ def sample(
     if is_strict and failed is not None:
         raise ValueError(failed.error)
     # Seeds of prompts take the part of their places, under one key.
-    one_seed = int(seed) if has_one_seed else 0
+    one_seed = int(seed) if isinstance(seed, int | np.integer) else 0
     return call.run(one_seed, on_progress, on_completion)
 
 
@@ -366,7 +364,7 @@ def _sampling(
     words = word_ids(model.tokenizer, bad_words)
     values = {**options, "bad_words": words}
     longest = model.config.longest_sequence(is_sampled=False)
-    is_one = isinstance(max_new_tokens, numbers.Integral)
+    is_one = isinstance(max_new_tokens, int | np.integer)
     values["max_new_tokens"] = int(max_new_tokens) if is_one else longest - 1
     sampling = to_dataclass(Sampling, values, path="sample")
     largest = max((max(word) for word in sampling.bad_words), default=-1)

@@ -10,7 +10,6 @@ from realjax.data.tokenizer import Tokenizer
 from realjax.models import hf
 from realjax.runtime import sample as sample_lib
 from realjax.runtime.model import load
-from realjax.runtime.requests import word_ids
 from realjax.runtime.sample import sample
 from realjax.testing import tiny_model, tiny_tokenizer
 from tests.runtime.small_world import nothing_compiles, parameters
@@ -327,13 +326,6 @@ def test_bad_words_do_not_come(model, tokenizer):
     # The second id of a word is forbidden behind the first.
     one = draw(model, greedy=True, bad_words=[first])[0]
     assert one.ids[0] == first[0] and one.ids[1] != first[1]
-
-
-def test_a_bad_word_is_forbidden_with_and_without_a_space(tokenizer):
-    words = word_ids(tokenizer, ["cat", [5, 6], "a"])
-    assert {tokenizer.decode(word) for word in words} >= {"cat", " cat", "a", " a"}
-    assert (5, 6) in words
-    assert len(words) == len(set(words))
 
 
 # -- refusals ----------------------------------------------------------------------
