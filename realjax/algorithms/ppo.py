@@ -44,6 +44,7 @@ class PPO:
             p ← η policy + (1 − η) p; 0 leaves it as it is.
         max_ratio, max_kl: a minibatch whose mean importance ratio or mean approximate
             KL (nats per token) exceeds these changes nothing; 0 turns the check off.
+        portions, token_budget, num_carried: of the rollout, see `functions.Generate`.
         importance_cap: largest weight that corrects for a sampler of fewer bits than
             the trainer has, see `rl.importance`; 0 takes the two for the same.
     """
@@ -67,6 +68,9 @@ class PPO:
     max_ratio: float = 5.0
     max_kl: float = 0.0
     importance_cap: float = 0.0
+    portions: int = 1
+    token_budget: int = 0
+    num_carried: int = 0
 
     def __post_init__(self):
         """Refuses a weight below 0."""
@@ -167,7 +171,13 @@ def graph(hp: PPO) -> DataflowGraph:
     """The six model function calls of one PPO step, and the advantages."""
     bind, infer, by_text = functools.partial, functions.Infer, functions.Score
     temperature, group = hp.sampling.temperature, hp.completions_per_prompt
-    generate = functions.Generate(sampling=hp.sampling, completions_per_prompt=group)
+    generate = functions.Generate(
+        sampling=hp.sampling,
+        completions_per_prompt=group,
+        portions=hp.portions,
+        token_budget=hp.token_budget,
+        num_carried=hp.num_carried,
+    )
     score = by_text(rewards=hp.rewards) if hp.rewards else infer(output="scores")
     scored = ("tokens", "kept") if functions.is_filtered(hp.sampling) else ("tokens",)
     rollout = ("completion_mask", "is_truncated", "old_logprobs")

@@ -80,6 +80,25 @@ class Buffer:
         """The key as NumPy, in a run of one process; waits until it is there."""
         return np.asarray(self._made[key])
 
+    def replace(
+        self,
+        ids: np.ndarray,
+        columns: Mapping[str, list],
+        prompt_lengths: np.ndarray,
+    ) -> None:
+        """Make the rows those of other data, before any call has made a key.
+
+        The prompts of the data set stay what they were; completions hold theirs.
+
+        Args:
+            ids: of the data.
+            columns: of the data.
+            prompt_lengths: tokens of the prompts.
+        """
+        self.ids, self.columns = ids, columns
+        self.samples = np.zeros(len(ids), np.int32)
+        self.lengths = dict.fromkeys(self.lengths, prompt_lengths)
+
     def repeat(self, count: int) -> None:
         """Gives every row of the data set `count` completions, in a row.
 

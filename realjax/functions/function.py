@@ -66,10 +66,24 @@ class Generate(Function):
     end-of-sequence token included), old_logprobs [B, T], is_truncated [B] (no
     end-of-sequence token within the limit) and, when the sampler filters, kept: the
     token ids it chose among, which every later log-probability is normalised over.
+
+    Attributes:
+        sampling: how tokens are drawn.
+        completions_per_prompt: rows of a prompt, a group.
+        portions: parts of the batch that calls which follow on other devices take one
+            after the other, as their groups end.
+        token_budget: tokens after which sampling stops for a step. Groups that have
+            not ended go on in the next step, with the parameters of then, and keep the
+            log-probabilities they have. The batch has the groups that ended, the oldest
+            first, and empty rows where they are too few. 0 samples all to their end.
+        num_carried: the most groups that go on so; sampling does not stop before.
     """
 
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     completions_per_prompt: int = 1
+    portions: int = 1
+    token_budget: int = 0
+    num_carried: int = 0
     reads: tuple[str, ...] = ("prompts",)
     writes: tuple[str, ...] = dataclasses.field(init=False)
 
@@ -79,6 +93,19 @@ class Generate(Function):
             raise ValueError(
                 f"completions_per_prompt is {self.completions_per_prompt}; each prompt "
                 "needs at least 1."
+            )
+        if self.portions < 1:
+            raise ValueError(f"portions is {self.portions}; there is at least 1.")
+        if self.token_budget < 0 or bool(self.token_budget) != bool(self.num_carried):
+            raise ValueError(
+                f"token_budget is {self.token_budget} and num_carried is"
+                f" {self.num_carried}; both are above 0, so that what has not ended can"
+                " go on in the next step, or both are 0."
+            )
+        if self.token_budget and self.portions > 1:
+            raise ValueError(
+                f"There is a token_budget and portions is {self.portions}. Which groups"
+                " a step has is known only when its budget is spent: set portions to 1."
             )
         kept = ("kept",) if is_filtered(self.sampling) else ()
         object.__setattr__(self, "writes", (*GENERATED, *kept))

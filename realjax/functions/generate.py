@@ -1,6 +1,8 @@
 """Generate: the rollout engine as the compiled form of a call."""
 
+import contextlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,8 +11,8 @@ from realjax.core.arrays import Array, Key, PyTree
 from realjax.functions.function import Generate
 from realjax.functions.packed import ModelProgram
 from realjax.rollout.engine import Engine
-from realjax.rollout.session import OnProgress
 from realjax.rollout.rows import Rollout
+from realjax.rollout.session import OnProgress, Session
 from realjax.rollout.settings import Settings
 
 
@@ -61,6 +63,19 @@ class GenerateProgram:
         """Compiles all that a rollout of such prompts may launch; samples nothing."""
         group = self.spec.completions_per_prompt
         self.engine.warm_up(parameters, prompts, completions_per_prompt=group)
+
+    def session(
+        self,
+        parameters: PyTree,
+        prompts: Mapping[str, np.ndarray | Array],
+        key: Key[Array, ""],
+        **options: Any,
+    ) -> contextlib.AbstractContextManager[Session]:
+        """Begin a rollout, see `Engine.session`."""
+        group = self.spec.completions_per_prompt
+        return self.engine.session(
+            parameters, prompts, key, completions_per_prompt=group, **options
+        )
 
     def __call__(
         self,

@@ -293,7 +293,7 @@ class Engine:
     ) -> tuple[Rows, Array, int]:
         """Lay out the rows; also the tokens all prompts share, and the rows wanted."""
         size = len(limits) * completions_per_prompt
-        num_rows = self._filled(size)
+        num_rows = self.filled(size)
         places = np.arange(num_rows, dtype=np.int32)
         row_limits = np.zeros(num_rows, np.int32)
         row_limits[:size] = np.repeat(limits, completions_per_prompt)
@@ -309,11 +309,11 @@ class Engine:
         )
         if carried is not None:
             size += len(carried.lengths)
-            num_rows = self._filled(len(carried.lengths) + num_rows)
+            num_rows = self.filled(len(carried.lengths) + num_rows)
             rows = self.programs.join(carried.rows, rows, num_rows=num_rows)
         return rows, shared, size
 
-    def _filled(self, num_rows: int) -> int:
+    def filled(self, num_rows: int) -> int:
         """Rows with those that only fill up the shards."""
         return -(-num_rows // self.num_shards) * self.num_shards
 

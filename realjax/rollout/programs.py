@@ -115,6 +115,9 @@ class Programs:
             out_shardings=pool,
         )
         self.finish = jax.jit(self._finish, static_argnames=("size",))
+        self.empty_rows = jax.jit(
+            self._empty_rows, static_argnames=("num_rows",), out_shardings=rows
+        )
         self.select = jax.jit(rows_lib.select, out_shardings=rows)
         self.join = jax.jit(
             rows_lib.join, static_argnames=("num_rows",), out_shardings=rows
@@ -152,6 +155,14 @@ class Programs:
             entropy=leaf(jnp.float32, width),
         )
 
+    def described_rows(self, num_rows: int) -> Rows:
+        """Shapes, types and shardings of the state of so many rows."""
+        rows = rows_sharding(self.mesh, num_rows)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
+            jax.eval_shape(functools.partial(self._empty_rows, num_rows=num_rows)),
+        )
+
     # -- rows ------------------------------------------------------------------------
 
     def _start(self, *arguments, num_rows: int) -> tuple[Rows, Int[Array, ""]]:
@@ -162,6 +173,10 @@ class Programs:
             min_new_tokens=self.sampling.min_new_tokens,
             kept_form=self.kept_form,
         )
+
+    def _empty_rows(self, *, num_rows: int) -> Rows:
+        width, form = self.shapes.width, self.kept_form
+        return rows_lib.empty(num_rows, width, kept_form=form)
 
     def _finish(self, rows: Rows, index, cuts, is_stopped, *, size: int) -> Rollout:
         """The first rows or those of an index, as the result of a rollout."""

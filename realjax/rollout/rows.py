@@ -51,6 +51,31 @@ def kept_dtype(form: tuple[str, int]) -> Any:
     return jnp.int32 if form[0] == "ids" else jnp.uint32
 
 
+def empty(num_rows: int, width: int, *, kept_form: tuple[str, int] | None) -> Rows:
+    """Return rows without a prompt, which have ended.
+
+    Args:
+        num_rows: R.
+        width: T.
+        kept_form: form of the sets that are recorded, see `sampling.kept_width`.
+    """
+    lengths = jnp.zeros(num_rows, jnp.int32)
+    zeros = jnp.zeros((num_rows, width), jnp.float32)
+    keys = jax.random.key_data(jax.random.split(jax.random.key(0), num_rows))
+    return Rows(
+        tokens=zeros.astype(jnp.int32),
+        logprobs=zeros,
+        entropy=zeros,
+        kept=empty_kept(kept_form, num_rows, width),
+        lengths=lengths,
+        prompt_lengths=lengths,
+        minimums=lengths,
+        limits=lengths,
+        has_ended=lengths == 0,
+        keys=keys,
+    )
+
+
 def start(
     prompts: Int[Array, "B P"],
     lengths: Int[Array, " B"],

@@ -198,6 +198,11 @@ class Session:
             self.rows, index, self._cuts, self._is_stopped, size=size
         )
 
+    def lengths(self, index: Int[np.ndarray, " K"]) -> Int[np.ndarray, " K"]:
+        """Return tokens of prompt and completion of rows, as reported; 0 for -1."""
+        found = np.minimum(self._lengths, self._cuts)[index]
+        return np.where(index < 0, 0, found).astype(np.int32)
+
     def _take_ended(self) -> list[int]:
         ended, self._ended = self._ended, []
         shards, work = self.scheduler.shards, self.work

@@ -7,7 +7,7 @@ makes as arrays without a part of their own, and go on.
 import contextlib
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,8 +25,10 @@ from realjax.parallel.sharding import handles, replicated, rows_sharding
 from realjax.realloc.transfer import Traffic
 from realjax.rollout.session import OnProgress
 from realjax.runtime import cluster
-from realjax.runtime.measures import Metrics, completion_metrics, completion_texts
+from realjax.runtime.generating import Generating
+from realjax.runtime.measures import Metrics, completion_texts
 from realjax.runtime.parameters import ParameterStore
+from realjax.runtime.portions import Scores
 from realjax.runtime.programs import Programs
 from realjax.runtime.watch import Outputs, Watch
 
@@ -49,7 +51,9 @@ class Pass:
     step: int
     traffic: Traffic
     is_training: bool = True
+    versions: Mapping[str, int] = dataclasses.field(default_factory=dict)
     on_progress: OnProgress | None = None
+    done: dict[str, Metrics] = dataclasses.field(default_factory=dict)
 
 
 class Calls:
@@ -77,6 +81,7 @@ class Calls:
         )
         self._dtypes = {name: role.dtype for name, role in self.roles.items()}
         nodes = self.graph.calls.items()
+        self.generating = Generating(self)
         self._num_exchanges = 0
         self.num_runs = dict.fromkeys(self.graph.calls, 0)
         self.transform_states = {
@@ -107,12 +112,14 @@ class Calls:
             Its metrics, most still being computed; none in a process that has no part
             in it.
         """
+        if name in passing.done:  # It followed a call that generates.
+            return passing.done.pop(name)
         node = self.graph.calls[name]
         match node.function:
             case Generate():
-                return self._generate(name, node, version, passing)
+                return self.generating.run(name, node, version, passing)
             case Infer():
-                return self._infer(name, node, version, passing)
+                return self.infer(name, node, version, passing)
             case Train():
                 return self._train(name, node, version, passing)
             case Follow():
@@ -129,39 +136,14 @@ class Calls:
 
     # -- the kinds of calls ------------------------------------------------------------
 
-    def _generate(self, name, node, version: int, passing: Pass) -> Metrics:
-        spec: Generate = node.function
-        buffer = passing.buffer
-        size, group = buffer.size, spec.completions_per_prompt
-        program = self.programs.get(name, size)
-        prompts = self.prompts(name, node, buffer)
-        parameters = self.store.get(node.role, self.place(name), version)
-        with self._running(name, passing) as event:
-            if event is None:
-                rollout = handles(program.described(size))
-            else:
-                key = self.key(name, passing.step, passing.is_training)
-                rollout = program(parameters, prompts, key, passing.on_progress)
-                event.watch(rollout.lengths)
-        buffer.repeat(group)
-        for local in spec.writes:
-            if (value := getattr(rollout, local)) is not None:
-                buffer.put(node.key(local), value)
-        found = cluster.fetch(
-            {"lengths": rollout.lengths, "ends": rollout.is_truncated},
-            self.exchange("lengths"),
-        )
-        prompt_lengths = np.repeat(buffer.lengths["prompts"], group)
-        buffer.lengths[node.key("tokens")] = found["lengths"]
-        return completion_metrics(found["lengths"], prompt_lengths, found["ends"])
-
-    def _infer(self, name, node, version: int, passing: Pass) -> Metrics:
+    def infer(self, name, node, version: int, passing: Pass) -> Metrics:
+        """Run a call that infers; what it gives joins the batch of the pass."""
         buffer, program = passing.buffer, self.programs.get(name)
         parameters = self.store.get(node.role, self.place(name), version)
         batch = self._inputs(node, buffer, name)
         lengths = buffer.lengths[node.key("tokens")]
         width = batch["tokens"].shape[1]
-        with self._running(name, passing) as event:
+        with self.running(name, passing) as event:
             if event is None:
                 outputs = handles(program.described(len(lengths), width))
             else:
@@ -180,7 +162,7 @@ class Calls:
         lengths = buffer.lengths[node.key("tokens")]
         rows, width = np.arange(len(lengths)), batch["tokens"].shape[1]
         parameters = self.store.get(node.role, self.place(name), version)
-        with self._running(name, passing) as event:
+        with self.running(name, passing) as event:
             if event is None:
                 if passing.is_training:
                     self.store.set_train_state(
@@ -212,7 +194,7 @@ class Calls:
         home = self.place(name)
         self.store.get(node.role, home, version)
         arguments = (node.role, spec.source, spec.weight, passing.traffic)
-        with self._running(name, passing) as event:
+        with self.running(name, passing) as event:
             mixed = self.store.follow(*arguments)
             if event is not None:
                 event.watch(mixed)
@@ -224,7 +206,7 @@ class Calls:
         batch = self._inputs(node, buffer, name)
         fn = self.programs.get(name, buffer.size)
         metrics = {}
-        with self._running(name, passing) as event:
+        with self.running(name, passing) as event:
             state = self.transform_states.get(name)
             arguments = (batch,) if spec.state is None else (state, batch)
             if event is None:
@@ -242,6 +224,10 @@ class Calls:
         return {key: [mean] for key, mean in metrics.items()}
 
     def _score(self, name, node, passing: Pass) -> Metrics:
+        scores = self.scores_of(name, node, passing)
+        return self.put_scores(node, passing.buffer, *scores)
+
+    def scores_of(self, name, node, passing: Pass) -> Scores:
         """Every process scores the completions it has; all know all scores."""
         buffer = passing.buffer
         tokens, mask = node.key("tokens"), node.key("completion_mask")
@@ -261,19 +247,26 @@ class Calls:
         }
         gathered = cluster.gather(self.exchange("scores"), mine)
         parts = [part for part in gathered if len(part["rows"])]
-        all_rows = np.concatenate([part["rows"] for part in parts])
+        each, failed = {}, {}
+        for reward in rewards:
+            each[reward.name] = np.zeros(buffer.size, np.float64)
+            for part in parts:
+                each[reward.name][part["rows"]] = part[f"score {reward.name}"]
+            count = sum(part[f"failed {reward.name}"] for part in parts)
+            failed[reward.name] = float(count)
+        return each, failed
+
+    def put_scores(self, node, buffer: Buffer, each, failed) -> Metrics:
+        """Add up what reward functions say of every completion; also metrics."""
         real = np.flatnonzero(buffer.ids >= 0)
         scores = np.zeros(buffer.size, np.float32)
         metrics: Metrics = {}
-        for reward in rewards:
-            each = np.zeros(buffer.size, np.float64)
-            each[all_rows] = np.concatenate([p[f"score {reward.name}"] for p in parts])
-            each = each[real]
-            scores[real] += np.float32(reward.weight) * each.astype(np.float32)
-            metrics[f"rewards/{reward.name}/mean"] = [float(each.mean())]
-            metrics[f"rewards/{reward.name}/std"] = [float(each.std())]
-            failed = sum(part[f"failed {reward.name}"] for part in parts)
-            metrics[f"rewards/{reward.name}/failures"] = [float(failed)]
+        for reward in node.function.rewards:
+            found, name = each[reward.name][real], reward.name
+            scores[real] += np.float32(reward.weight) * found.astype(np.float32)
+            metrics[f"rewards/{name}/mean"] = [float(found.mean())]
+            metrics[f"rewards/{name}/std"] = [float(found.std())]
+            metrics[f"rewards/{name}/failures"] = [failed[name]]
         buffer.put(node.key("scores"), scores)
         return metrics
 
@@ -368,7 +361,7 @@ class Calls:
         )
 
     @contextlib.contextmanager
-    def _running(self, name: str, passing: Pass) -> Iterator[Outputs | None]:
+    def running(self, name: str, passing: Pass) -> Iterator[Outputs | None]:
         """Observes a call, and counts it; None where it does not run."""
         if not self.is_here(name):
             yield None

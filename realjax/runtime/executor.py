@@ -135,6 +135,11 @@ class Executor:
             step=step,
             traffic=self.traffic,
             is_training=training,
+            versions={
+                task.call: task.version
+                for task in self.steps
+                if isinstance(task, schedule_lib.Run)
+            },
             on_progress=on_progress,
         )
         self.store.begin_step()

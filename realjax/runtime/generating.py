@@ -1,0 +1,257 @@
+"""Running a call that generates: whole, in portions, or up to a budget of tokens.
+
+    all at once     sample every group ────────────────▶ infer, score
+    portions        sample ──┬────────┬────────┬─────▶
+                             └▶ infer └▶ infer └▶ infer
+    token budget    sample ──────▶ infer, score          groups that have ended
+                             └───▶ the next step         the others
+
+With a budget a step has the groups that ended in it, the oldest first; the tokens of a
+group that is carried on keep the log-probabilities of the policies that drew them.
+"""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from realjax.core.arrays import Int
+from realjax.dataflow.buffer import Buffer
+from realjax.dataflow.graph import ModelFunctionCall
+from realjax.functions.function import Generate
+from realjax.parallel.sharding import handles
+from realjax.rollout.engine import Carried
+from realjax.rollout.rows import Rollout
+from realjax.rollout.session import Session
+from realjax.runtime import cluster
+from realjax.runtime.measures import Metrics, completion_metrics
+from realjax.runtime.portions import Groups, Portions, put_rollout
+
+if TYPE_CHECKING:
+    from realjax.runtime.calls import Calls, Pass
+
+
+@dataclasses.dataclass(kw_only=True)
+class Carry:
+    """Groups of prompts that the next step goes on with.
+
+    Attributes:
+        carried: their completions.
+        ids: of their data, [C]; -1 for none.
+        columns: of their data, each of C.
+    """
+
+    carried: Carried
+    ids: Int[np.ndarray, " C"]
+    columns: dict[str, list]
+
+
+class Generating:
+    """Runs the calls of a graph that generate.
+
+    Attributes:
+        carries: what the next step goes on with, by call.
+    """
+
+    def __init__(self, calls: "Calls"):
+        """Carries nothing yet."""
+        self.calls = calls
+        self.carries: dict[str, Carry] = {}
+
+    def run(
+        self, name: str, node: ModelFunctionCall, version: int, passing: "Pass"
+    ) -> Metrics:
+        """Run a call; what follows it on portions is done by then."""
+        calls, buffer = self.calls, passing.buffer
+        spec: Generate = node.function  # pyright: ignore[reportAssignmentType]
+        program = calls.programs.get(name, buffer.size)
+        prompts = calls.prompts(name, node, buffer)
+        parameters = calls.store.get(node.role or "", calls.place(name), version)
+        with Portions(calls, name, passing) as portions:
+            with calls.running(name, passing) as event:
+                begin = None
+                if event is not None:
+                    key = calls.key(name, passing.step, passing.is_training)
+                    begin = functools.partial(
+                        program.session,
+                        parameters,
+                        prompts,
+                        key,
+                        on_progress=passing.on_progress,
+                    )
+                if spec.token_budget and passing.is_training:
+                    rollout = self._up_to_budget(name, node, buffer, program, begin)
+                elif begin is None:
+                    portions.listen(program)
+                    rollout = handles(program.described(buffer.size))
+                else:
+                    with begin() as session:
+                        while not session.is_done:
+                            portions.note(session, session.advance())
+                        rollout = session.results()
+                        portions.finish(session)
+                if event is not None:
+                    event.watch(rollout.lengths)
+            buffer.repeat(spec.completions_per_prompt)
+            put_rollout(buffer, node, rollout)
+            passing.done.update(portions.gather(buffer))
+        found = cluster.fetch(
+            {"lengths": rollout.lengths, "ends": rollout.is_truncated},
+            calls.exchange("lengths"),
+        )
+        prompt_lengths = np.repeat(
+            buffer.lengths["prompts"], spec.completions_per_prompt
+        )
+        buffer.lengths[node.key("tokens")] = found["lengths"]
+        metrics = completion_metrics(found["lengths"], prompt_lengths, found["ends"])
+        if name in self.carries:
+            metrics["completions/carried"] = [
+                float((self.carries[name].ids >= 0).sum())
+            ]
+        return metrics
+
+    # -- up to a budget ------------------------------------------------------------
+
+    def _up_to_budget(self, name, node, buffer: Buffer, program, begin) -> Rollout:
+        """Sample until the budget is spent; the batch becomes the groups that ended."""
+        spec: Generate = node.function
+        engine, num_prompts = program.engine, buffer.size
+        if name not in self.carries:
+            self.carries[name] = _empty_carry(engine, spec, buffer, begin is not None)
+        carry, group = self.carries[name], spec.completions_per_prompt
+        ids = np.concatenate([carry.ids, buffer.ids])
+        first_new = len(carry.carried.lengths)
+        first_rows = np.concatenate(
+            [
+                np.arange(len(carry.ids)) * group,
+                first_new + np.arange(num_prompts) * group,
+            ]
+        )
+        groups = Groups(first_rows, group)
+        told, session, rollout, rows = None, None, None, None
+        if begin is not None:
+            with begin(carried=carry.carried) as session:
+                chosen, rest = _sample_up_to(
+                    spec, session, groups, ids >= 0, num_prompts
+                )
+                index = _padded(
+                    groups.rows[rest], engine.filled(spec.num_carried * group)
+                )
+                rollout = session.results(
+                    _padded(groups.rows[chosen], num_prompts * group)
+                )
+                rows = engine.programs.select(session.rows, index)
+                told = {
+                    "chosen": chosen,
+                    "rest": rest,
+                    "lengths": session.lengths(index),
+                    "has_ended": session.has_ended[index] | (index < 0),
+                }
+        columns = {
+            key: carry.columns.get(key, [None] * len(carry.ids)) + list(values)
+            for key, values in buffer.columns.items()
+        }
+        mine = {"told": told, "columns": columns}
+        found = cluster.gather(self.calls.exchange("carried"), mine)
+        told = next(part["told"] for part in found if part["told"] is not None)
+        columns = {
+            key: [
+                next((value for value in values if value is not None), None)
+                for values in zip(
+                    *(part["columns"][key] for part in found), strict=True
+                )
+            ]
+            for key in columns
+        }
+        if rollout is None or rows is None:
+            rollout = handles(program.described(num_prompts))
+            rows = handles(engine.programs.described_rows(len(told["lengths"])))
+        prompt_lengths = np.concatenate(
+            [
+                carry.carried.prompt_lengths[: len(carry.ids) * group : group],
+                buffer.lengths["prompts"],
+            ]
+        )
+        chosen, rest = (np.asarray(told[key], np.int64) for key in ("chosen", "rest"))
+        lengths = np.asarray(told["lengths"])
+        repeated = _padded(np.repeat(prompt_lengths[rest], group), len(lengths), 0)
+        self.carries[name] = Carry(
+            carried=Carried(
+                rows=rows,
+                lengths=lengths,
+                prompt_lengths=repeated,
+                limits=np.where(
+                    repeated > 0, repeated + spec.sampling.max_new_tokens, 0
+                ),
+                has_ended=np.asarray(told["has_ended"]),
+            ),
+            ids=_padded(ids[rest], spec.num_carried),
+            columns={
+                key: _chosen(values, rest, spec.num_carried)
+                for key, values in columns.items()
+            },
+        )
+        buffer.replace(
+            ids=_padded(ids[chosen], num_prompts),
+            columns={
+                key: _chosen(values, chosen, num_prompts)
+                for key, values in columns.items()
+            },
+            prompt_lengths=_padded(prompt_lengths[chosen], num_prompts, 0),
+        )
+        return rollout
+
+
+def _empty_carry(engine, spec: Generate, buffer: Buffer, is_here: bool) -> Carry:
+    size = engine.filled(spec.num_carried * spec.completions_per_prompt)
+    described = engine.programs.described_rows(size)
+    zeros = np.zeros(size, np.int32)
+    return Carry(
+        carried=Carried(
+            rows=engine.programs.empty_rows(num_rows=size)
+            if is_here
+            else handles(described),
+            lengths=zeros,
+            prompt_lengths=zeros,
+            limits=zeros,
+            has_ended=np.ones(size, bool),
+        ),
+        ids=np.full(spec.num_carried, -1, np.int64),
+        columns={key: [None] * spec.num_carried for key in buffer.columns},
+    )
+
+
+def _sample_up_to(
+    spec: Generate, session: Session, groups: Groups, is_real: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sample until the budget is spent and no more groups are left than are carried.
+
+    Returns:
+        The groups of this step, at most `size`, and those that are left.
+    """
+    is_real = is_real.copy()
+    rows = groups.rows.reshape(-1)
+    groups.note(rows[session.has_ended[rows]].tolist())
+    while not session.is_done:
+        groups.note(session.advance())
+        num_ended = int(is_real[groups.ended].sum())
+        num_left = int(is_real.sum()) - min(num_ended, size)
+        is_spent = session.work.num_tokens >= spec.token_budget
+        if is_spent and num_left <= spec.num_carried:
+            groups.note(session.drain())
+            break
+    ended = groups.ended[is_real[groups.ended]]
+    chosen = ended[:size]
+    return chosen, np.setdiff1d(np.flatnonzero(is_real), chosen)
+
+
+def _padded(values: np.ndarray, size: int, empty: int = -1) -> np.ndarray:
+    """Values in a row, and as many empty ones as are missing."""
+    padded = np.full(size, empty, np.int64)
+    padded[: values.size] = values.reshape(-1)
+    return padded.astype(np.int32) if empty == 0 or values.ndim > 1 else padded
+
+
+def _chosen(values: list, index: np.ndarray, size: int) -> list:
+    return [*(values[i] for i in index), *[None] * (size - len(index))]
