@@ -91,8 +91,8 @@ def sample(
         max_new_tokens: most tokens of a completion; one number, or one for each prompt.
         seed: of the draws; one, or one for each prompt, from 0.
         stop: strings that end a completion, which keeps the ids up to the one that
-            completes the string, and the text before it. The name of a special token
-            stands for its id.
+            completes the string, and the text before it; also before `min_new_tokens`.
+            The name of a special token stands for its id, as an end of sequence.
         bad_words: texts or lists of ids that are never completed. A text stands for the
             ids the tokenizer gives it, with a space before it and without.
         slots: completions decoded at the same time; 0 means all, up to `MOST_SLOTS`.

@@ -206,6 +206,17 @@ def test_a_model_has_one_pool(model, drawn):
     assert engine._pool is None  # That of the last one made, which did not come last.
 
 
+def test_a_call_that_was_interrupted_leaves_the_model_as_it_was(model, drawn):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for told in ("on_progress", "on_completion"):
+        with pytest.raises(KeyboardInterrupt):
+            draw(model, completions_per_prompt=4, **{told: interrupt})
+    with nothing_compiles():
+        assert draw(model, completions_per_prompt=4) == drawn
+
+
 def test_entropy_is_that_of_the_distributions(model, drawn, tokenizer):
     one = drawn[0]
     row = np.array([[*tokenizer.encode(TEXTS[0]), *one.ids]], np.int32)
