@@ -3,8 +3,9 @@
     python -m realjax.cli.compile --config=configs/compile_llama_8b.py --for=h200x8
 
 It is compiled and not run: there are no paths. (`:debug` runs, with tiny models.) A
-microbatch has 4 rows of 4096 tokens a device, a wave 4 completions; one strategy for
-everything is set by --config.allocation=t8, rows of a call by --config.rows.rollout=8.
+microbatch has 4 rows of 4096 tokens a device, and a device decodes 4 completions at the
+same time; one strategy for everything is set by --config.allocation=t8, rows of a call
+by --config.rows.rollout=8.
 """
 
 from ml_collections import ConfigDict

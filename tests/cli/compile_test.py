@@ -40,7 +40,7 @@ def test_the_llama_8b_config_has_eight_billion_parameters():
 def test_every_call_gets_its_programs_and_the_batch_follows_the_graph():
     parts = list(described_programs(tiny(allocation="f4t2"), virtual_devices()))
     assert [(part.call, part.name) for part in parts] == [
-        ("rollout", "wave"),
+        ("rollout", "prefill"),
         ("rollout", "decode"),
         ("reward", "fill"),
         ("reference", "fill"),

@@ -18,6 +18,7 @@ FLOORS = {
     "models": 2,
     "parallel": 3,
     "functions": 4,
+    "rollout": 4,
     "realloc": 5,
     "dataflow": 6,
     "planner": 7,
