@@ -57,10 +57,10 @@ def check_worlds(seeds: range) -> collections.Counter:
 
 
 def test_every_row_reads_its_own_tokens_and_ends():
-    seen = check_worlds(range(250))
+    seen = check_worlds(range(120))
     # All of it happened, often.
     assert len(seen) == 7
-    assert min(seen.values()) > 20, seen
+    assert min(seen.values()) > 8, seen
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from realjax.rollout.scheduler import (
     Copies,
     Launch,
     Scheduler,
-    chunk_shapes,
 )
 from realjax.rollout.session import LentPool, New, Session
 from realjax.rollout.shard import Prefix, Room, Row, Shard
@@ -40,7 +39,7 @@ class World:
         num_shared: tokens that all prompts begin with, and share.
         is_sharing: whether a prompt's rows share its pages.
         is_refilling: whether a slot is given on before all are free.
-        chunk_tokens: of a chunk of prefill.
+        shapes: (tokens of a row, rows) of chunks of prefill.
     """
 
     room: Room
@@ -54,7 +53,7 @@ class World:
     num_shared: int
     is_sharing: bool
     is_refilling: bool
-    chunk_tokens: int
+    shapes: list[tuple[int, int]]
 
     @property
     def per_shard(self) -> int:
@@ -102,7 +101,7 @@ def random_world(generator: np.random.Generator) -> World:
     least = max(
         room.needed_pages(len(p) + n) for p, n in zip(prompts, limits, strict=True)
     )
-    share = generator.choice([0.0, 0.0, 0.2, 0.5, 1.0])
+    share = generator.choice([0.0, 0.0, 0.1, 0.3, 1.0])
     num_pages = least + int(share * least * (room.num_slots - 1))
     num_shared = 0
     if is_sharing and sum(map(bool, prompts)) > 1:
@@ -120,7 +119,7 @@ def random_world(generator: np.random.Generator) -> World:
         num_shared=num_shared,
         is_sharing=is_sharing,
         is_refilling=bool(generator.random() < 0.8),
-        chunk_tokens=int(generator.choice([32, 64, 128])),
+        shapes=[(2, 1), (4, 1), (4, 3)] if generator.random() < 0.5 else [(32, 2)],
     )
 
 
@@ -147,6 +146,7 @@ class WatchedShard(Shard):
             if row is not None:
                 self.first_serials.setdefault(row.index, row.serial)
         self.check_pages()
+        self.check_order()
         if self.waiting and None in self.slots:
             assert self.available_pages() < self.wanted_pages(self.waiting[0])
 
@@ -199,15 +199,33 @@ class WatchedShard(Shard):
                 wanted += min(last - first, room.pages_of(room.steps))
         return wanted
 
+    def check_order(self) -> None:
+        """Who came first is served first, also of those who gave way."""
+        there = [row for row in self.slots if row is not None]
+        there.sort(key=lambda row: row.serial)
+        order = [row.index for row in (*there, *self.waiting)]
+        assert order == sorted(order)
+
     def check_pages(self) -> None:
         """Every page is free, or held as often as its holders are counted."""
-        holders = collections.Counter()
+        holders, takers = collections.Counter(), collections.Counter()
         for prefix in self._present:
             holders.update(prefix.pages)
+            takers[prefix.parent] += 1
         for row in self.slots:
-            if row is not None:
-                assert len({*row.pages, *row.reserved}) == len(row.pages + row.reserved)
-                holders.update(row.pages + row.reserved)
+            if row is None:
+                continue
+            assert len({*row.pages, *row.reserved}) == len(row.pages + row.reserved)
+            holders.update(row.pages + row.reserved)
+            if row.is_decoding:
+                held = row.first_page + len(row.pages)
+                assert held == self.room.pages_of(row.length - 1)
+            else:
+                takers[row.prefix] += 1
+        waiting = collections.Counter(row.prefix for row in self.waiting)
+        for prefix in self._present:
+            assert prefix.num_takers == takers[prefix]
+            assert prefix.num_waiting == waiting[prefix]
         free = collections.Counter(self._free)
         assert not free.keys() & holders.keys()
         assert set(free.values()) <= {1}
@@ -388,12 +406,11 @@ def scheduler_of(world: World) -> Scheduler:
             limit, has = length + world.limits[prompt], world.carried[place]
             rows.append(Row(index, prefixes[prompt], length + has, limit))
         shards.append(WatchedShard(world.room, rows))
-    longest = max(map(len, world.prompts))
     most = max(len(p) + n for p, n in zip(world.prompts, world.limits, strict=True))
     return Scheduler(
         shards,
         num_columns=world.room.pages_of(most),
-        shapes=chunk_shapes(longest, world.chunk_tokens),
+        shapes=world.shapes,
         is_refilling=world.is_refilling,
     )
 
