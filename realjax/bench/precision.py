@@ -192,7 +192,7 @@ def gap_of(
 
 
 def compared(logprobs: Array, old_logprobs: Array, mask: Array) -> dict[str, float]:
-    """Gaps, to four digits; also how likely tokens are, which they are to be seen by."""
+    """Gaps, to four digits, and how likely the tokens are, for their scale."""
     means = importance.gap(logprobs, old_logprobs, mask)
     largest = importance.largest_gap(logprobs, old_logprobs, mask)
     numbers = {

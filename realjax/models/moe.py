@@ -9,7 +9,7 @@ Fedus et al. 2021, https://arxiv.org/abs/2101.03961; Jiang et al. 2024 (Mixtral)
 https://arxiv.org/abs/2401.04088.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -72,7 +72,7 @@ class MoE(nn.Module):
         width, size = x.shape[-1], config.mlp_width
         experts = (moe.num_experts,)
 
-        def kernel(name: str, init: nn.initializers.Initializer, *shape: int) -> Array:
+        def kernel(name: str, init: nn.initializers.Initializer, *shape: int) -> Any:
             return self.param(name, init, shape, jnp.float32)
 
         router = kernel("router", self.kernel_init, width, moe.num_experts)

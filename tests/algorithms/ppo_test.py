@@ -147,6 +147,90 @@ def test_policy_loss_is_the_clipped_mean_over_tokens():
     np.testing.assert_allclose(metrics["policy/clipfrac_avg"].value(), fraction)
 
 
+def corrected_arrays(seed=1):
+    """A rollout whose sampler, proximal policy and policy are all different."""
+    batch, arrays = rollout()
+    rng = np.random.default_rng(seed)
+    shape = batch["values"].shape
+    proximal = batch["old_logprobs"] + rng.normal(size=shape) * 0.5
+    logprobs = proximal + rng.normal(size=shape) * 0.3
+    arrays |= {
+        "proximal_logprobs": jnp.asarray(proximal, jnp.float32),
+        "advantages": jnp.asarray(rng.normal(size=shape), jnp.float32),
+        "entropy": jnp.ones_like(arrays["values"]),
+    }
+    return batch, arrays, proximal, jnp.asarray(logprobs, jnp.float32)
+
+
+def test_corrected_losses_part_the_ratio_in_a_clipped_one_and_a_truncated_weight():
+    hp = ppo.PPO(clip_ratio=0.2, importance_cap=1.5)
+    batch, arrays, proximal, logprobs = corrected_arrays()
+    loss, metrics = ppo.policy_loss(logprobs, arrays, hp=hp)
+    mask, advantages = batch["completion_mask"], np.asarray(arrays["advantages"])
+    ratio = np.exp(np.asarray(logprobs, np.float64) - proximal)
+    weight = np.minimum(np.exp(proximal - batch["old_logprobs"]), 1.5)
+    clipped = -advantages * np.clip(ratio, 0.8, 1.2)
+    expected = (weight * np.maximum(-advantages * ratio, clipped))[mask].mean()
+    np.testing.assert_allclose(loss.value(), expected, rtol=1e-5)
+    assert (weight == 1.5).any()
+    # Ratio and gap are of either side of the proximal policy.
+    np.testing.assert_allclose(metrics["val/ratio"].value(), ratio[mask].mean(), 1e-5)
+    gap = np.abs(proximal - batch["old_logprobs"])[mask].mean()
+    np.testing.assert_allclose(metrics["rollout_gap/logprob"].value(), gap, rtol=1e-5)
+
+
+def test_the_correction_weighs_gradients_and_has_none_itself():
+    hp = ppo.PPO(clip_ratio=0.2, importance_cap=1.5)
+    batch, arrays, proximal, _ = corrected_arrays()
+    start = arrays["proximal_logprobs"]
+
+    def total(logprobs, start):
+        found = ppo.policy_loss(logprobs, arrays | {"proximal_logprobs": start}, hp=hp)[
+            0
+        ]
+        return found.total
+
+    # At the proximal policy itself the ratio is 1, and nothing is clipped.
+    mask = batch["completion_mask"]
+    weight = np.minimum(np.exp(proximal - batch["old_logprobs"]), 1.5)
+    expected = np.where(mask, -weight * np.asarray(arrays["advantages"]), 0)
+    gradients = jax.grad(total, argnums=(0, 1))(start, start)
+    np.testing.assert_allclose(gradients[0], expected, atol=1e-5)
+    # Only the ratio's own: a weight with a gradient would add to it.
+    np.testing.assert_allclose(gradients[1], -expected, atol=1e-5)
+
+
+def test_equal_precisions_make_the_correction_nothing():
+    _, arrays, _, logprobs = corrected_arrays()
+    arrays["proximal_logprobs"] = arrays["old_logprobs"]
+    plain, _ = ppo.policy_loss(logprobs, arrays, hp=ppo.PPO())
+    corrected, metrics = ppo.policy_loss(
+        logprobs, arrays, hp=ppo.PPO(importance_cap=2.0)
+    )
+    np.testing.assert_array_equal(plain.value(), corrected.value())
+    assert metrics["rollout_gap/logprob"].value() == 0
+    assert metrics["rollout_gap/kl"].value() == 0
+
+
+def test_without_the_correction_the_gap_is_that_of_the_policy_in_training():
+    batch, arrays, _, logprobs = corrected_arrays()
+    _, metrics = ppo.policy_loss(logprobs, arrays, hp=ppo.PPO())
+    gap = np.abs(np.asarray(logprobs) - batch["old_logprobs"])
+    gap = gap[batch["completion_mask"]].mean()
+    np.testing.assert_allclose(metrics["rollout_gap/logprob"].value(), gap, rtol=1e-5)
+
+
+def test_the_trainer_scores_the_rollout_only_where_that_is_corrected_for():
+    assert "proximal" not in ppo.graph(ppo.PPO()).calls
+    graph = ppo.graph(ppo.PPO(importance_cap=2.0))
+    node = graph.calls["proximal"]
+    assert (node.role, node.needs_masters) == ("policy", True)
+    assert "proximal_logprobs" in graph.calls["train_policy"].reads
+    assert graph.order().index("proximal") < graph.order().index("train_policy")
+    with pytest.raises(ValueError, match="importance_cap is -1"):
+        ppo.PPO(importance_cap=-1.0)
+
+
 def test_value_loss_trusts_no_more_than_the_clip():
     hp = ppo.PPO(value_clip=0.2)
     batch, arrays = rollout()
@@ -194,6 +278,8 @@ def test_a_step_reports_what_readers_of_trl_and_real_look_for():
         "policy/approxkl_avg",
         "policy/clipfrac_avg",
         "policy/entropy_avg",
+        "rollout_gap/logprob",
+        "rollout_gap/kl",
         "val/ratio",
         "val/clipfrac_avg",
     }
