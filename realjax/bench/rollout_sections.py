@@ -51,7 +51,9 @@ def lengths(subject: Subject) -> dict[str, Any]:
     }
     expected = np.asarray(sides["refilled"]())
     alike = {
-        "batched": check_equal_rows("batched", sides["batched"](), expected),
+        "batched": check_equal_rows(
+            "batched", np.asarray(sides["batched"]()), expected
+        ),
         "static": check_equal_rows("static", np.concatenate(static()), expected),
     }
     useful = int(limits.sum())
