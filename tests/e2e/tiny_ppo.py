@@ -98,7 +98,15 @@ def placed(drawn, sharding):
 
 
 def make_executor(
-    hp, allocations, *, rows=None, offload=(), model=MODEL, num_devices=8, fits=None
+    hp,
+    allocations,
+    *,
+    rows=None,
+    offload=(),
+    model=MODEL,
+    num_devices=8,
+    fits=None,
+    **of_plan,
 ):
     graph = ppo.graph(hp)
     plan = make_plan(
@@ -108,6 +116,7 @@ def make_executor(
         rows=rows,
         microbatch_tokens=2 * WIDTH,
         offloaded=offload,
+        **of_plan,
     )
     roles = roles_of(graph, plan, offload, model)
     models = {name: role.model for name, role in roles.items()}
@@ -209,15 +218,15 @@ class Observer:
         self.arguments: dict[tuple, tuple] = {}
         self._move = executor.store.move
         executor.store.move = self.move_parameters
+        rollout = executor.programs.get("rollout", SIZE)
+        self._record(rollout.engine.programs, "decode", "rollout")
         for name, attribute in {
-            "rollout": "_wave",
             "reward": "_fill",
             "value": "_fill",
             "train_policy": "_accumulate",
             "train_critic": "_accumulate",
         }.items():
-            size = SIZE if name == "rollout" else 0
-            self._record(executor.programs.get(name, size), attribute, name)
+            self._record(executor.programs.get(name), attribute, name)
 
     def move_parameters(self, role, place, traffic, **options):
         source = self.executor.store.at_home(role)
