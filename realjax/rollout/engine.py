@@ -281,7 +281,7 @@ class Engine:
                 table = idle(count, 3 + num_columns)
                 pool.prefill(parameters, rows, Chunk(width, table, 0))
             pool.copy(Copies(idle(self.room.num_slots, 2)))
-            launch = Launch(idle(self.room.num_slots, 2 + num_columns), 0, ())
+            launch = Launch(idle(self.room.num_slots, 2 + num_columns), 0)
             rows, _ = pool.decode(parameters, rows, launch)
         num_rows = rows.lengths.shape[0]
         cuts, is_stopped = np.zeros(num_rows, np.int32), np.zeros(num_rows, bool)

@@ -37,11 +37,19 @@ class Copies:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Steps of decoding: row, first page and pages of every slot, and who is there."""
+    """Steps of decoding.
+
+    Attributes:
+        table: row, first page and pages of every slot; -1 where there is none.
+        num_pages: columns in use.
+        rows: who is in which slot.
+        num_held: pages held on all shards.
+    """
 
     table: Int[np.ndarray, "B M"]
     num_pages: int
-    rows: tuple[tuple[int, Row], ...]
+    rows: tuple[tuple[int, Row], ...] = ()
+    num_held: int = 0
 
 
 def chunk_shapes(longest: int, chunk_tokens: int) -> list[tuple[int, int]]:
@@ -164,7 +172,10 @@ class Scheduler:
             for row in shard.decoding
         )
         num_pages = max(len(row.pages) for _, row in rows)
-        launch = Launch(np.concatenate(tables), num_pages, rows)
+        num_held = sum(
+            self.room.num_pages - shard.num_free_pages for shard in self.shards
+        )
+        launch = Launch(np.concatenate(tables), num_pages, rows, num_held)
         for shard in self.shards:
             shard.advance()
         self.num_launches += 1

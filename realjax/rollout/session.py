@@ -216,14 +216,13 @@ class Session:
         work, room = self.work, self.scheduler.room
         work.num_launches += 1
         work.num_steps += len(launch.table) * room.steps
-        held = sum(room.num_pages - s.num_free_pages for s in self.scheduler.shards)
-        work.most_pages = max(work.most_pages, held)
+        work.most_pages = max(work.most_pages, launch.num_held)
         if self._is_traced:
             slots = np.full(len(launch.table), -1, np.int32)
             for slot, row in launch.rows:
                 slots[slot] = self._place(slot, row)
             work.slots.append(slots)
-            work.held.append(held)
+            work.held.append(launch.num_held)
 
     def _place(self, slot: int, row: Row) -> int:
         """A row's number in the rollout."""

@@ -95,6 +95,19 @@ class Calls:
             if isinstance(node.function, Score)
         }
 
+    @property
+    def states(self) -> dict[str, PyTree]:
+        """What calls keep from step to step, by call; a checkpoint holds it."""
+        return self.transform_states | self.generating.states
+
+    def restore(self, states: Mapping[str, PyTree], carried: Mapping[str, Any]) -> None:
+        """Keeps what a checkpoint holds; `carried` are the notes of `generating`."""
+        generating = {name: states[name] for name in self.generating.states}
+        self.generating.restore(generating, carried)
+        self.transform_states |= {
+            name: state for name, state in states.items() if name not in generating
+        }
+
     def close(self) -> None:
         """Ends worker processes."""
         for workers in self._workers.values():

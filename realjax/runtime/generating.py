@@ -12,16 +12,17 @@ group that is carried on keep the log-probabilities of the policies that drew th
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from realjax.core.arrays import Int
+from realjax.core.arrays import Int, PyTree
 from realjax.dataflow.buffer import Buffer
 from realjax.dataflow.graph import ModelFunctionCall
 from realjax.functions.function import Generate
 from realjax.parallel.sharding import handles
-from realjax.rollout.engine import Carried
+from realjax.rollout.engine import Carried, Engine
 from realjax.rollout.rows import Rollout
 from realjax.rollout.session import Session
 from realjax.runtime import cluster
@@ -58,6 +59,62 @@ class Generating:
         """Carries nothing yet."""
         self.calls = calls
         self.carries: dict[str, Carry] = {}
+
+    @property
+    def states(self) -> dict[str, PyTree]:
+        """Arrays that a checkpoint must hold, by call."""
+        return {
+            name: {
+                field: value
+                for field, value in carry.carried.rows._asdict().items()
+                if value is not None
+            }
+            for name, carry in self.carries.items()
+        }
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What else a checkpoint must hold: plain values, by call."""
+        return {
+            name: {"ids": carry.ids.tolist(), "columns": carry.columns}
+            for name, carry in self.carries.items()
+        }
+
+    def prepare(self, num_prompts: int) -> None:
+        """Carry nothing, where a call may carry something, so that it can be restored.
+
+        Args:
+            num_prompts: of a training batch.
+        """
+        for name, node in self.calls.graph.calls.items():
+            spec = node.function
+            if isinstance(spec, Generate) and spec.token_budget:
+                engine = self.calls.programs.get(name, num_prompts).engine
+                is_here = self.calls.is_here(name)
+                self.carries[name] = _empty_carry(engine, spec, is_here)
+
+    def restore(self, states: Mapping[str, PyTree], notes: Mapping[str, Any]) -> None:
+        """Carry what a checkpoint holds.
+
+        Args:
+            states: like `states`.
+            notes: what `notes` was.
+        """
+        for name, arrays in states.items():
+            carry = self.carries[name]
+            rows = carry.carried.rows._replace(**arrays)
+            found = cluster.fetch(
+                {
+                    key: getattr(rows, key)
+                    for key in ("lengths", "prompt_lengths", "limits", "has_ended")
+                },
+                self.calls.exchange("carried"),
+            )
+            self.carries[name] = Carry(
+                carried=Carried(rows=rows, **found),
+                ids=np.asarray(notes[name]["ids"], np.int64),
+                columns=dict(notes[name]["columns"]),
+            )
 
     def run(
         self, name: str, node: ModelFunctionCall, version: int, passing: "Pass"
@@ -118,7 +175,7 @@ class Generating:
         spec: Generate = node.function
         engine, num_prompts = program.engine, buffer.size
         if name not in self.carries:
-            self.carries[name] = _empty_carry(engine, spec, buffer, begin is not None)
+            self.carries[name] = _empty_carry(engine, spec, begin is not None)
         carry, group = self.carries[name], spec.completions_per_prompt
         ids = np.concatenate([carry.ids, buffer.ids])
         first_new = len(carry.carried.lengths)
@@ -203,7 +260,7 @@ class Generating:
         return rollout
 
 
-def _empty_carry(engine, spec: Generate, buffer: Buffer, is_here: bool) -> Carry:
+def _empty_carry(engine: Engine, spec: Generate, is_here: bool) -> Carry:
     size = engine.filled(spec.num_carried * spec.completions_per_prompt)
     described = engine.programs.described_rows(size)
     zeros = np.zeros(size, np.int32)
@@ -218,7 +275,7 @@ def _empty_carry(engine, spec: Generate, buffer: Buffer, is_here: bool) -> Carry
             has_ended=np.ones(size, bool),
         ),
         ids=np.full(spec.num_carried, -1, np.int64),
-        columns={key: [None] * spec.num_carried for key in buffer.columns},
+        columns={},
     )
 
 

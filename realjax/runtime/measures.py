@@ -1,10 +1,12 @@
 """Numbers and texts that are read off a step: metrics, completions."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from realjax.core.arrays import Bool, Int
+from realjax.core.timing import Event
 from realjax.data.tokenizer import Tokenizer
 from realjax.rl.masking import Mean
 
@@ -46,6 +48,16 @@ def completion_metrics(
         "prompts/mean_length": [float(prompt_lengths[real].mean())],
         "val/num_eos_tokens": [float((~is_truncated[real]).sum())],
     }
+
+
+def call_seconds(events: Iterable[Event], step: int) -> dict[str, float]:
+    """Seconds of each call in a step, all its portions together."""
+    seconds: dict[str, float] = {}
+    for event in events:
+        if event.kind in ("call", "host") and event.step == step:
+            name = f"timing_s/{event.name}"
+            seconds[name] = seconds.get(name, 0.0) + event.seconds
+    return seconds
 
 
 def to_numbers(metrics: Metrics) -> dict[str, float]:

@@ -29,7 +29,7 @@ from realjax.runtime.console import Console
 from realjax.runtime.evaluation import Evaluation, evaluate
 from realjax.runtime.executor import Executor
 from realjax.runtime.links import plan_links
-from realjax.runtime.measures import to_numbers
+from realjax.runtime.measures import call_seconds, to_numbers
 from realjax.runtime.memory import fits_function, run_account, with_fitting_pools
 from realjax.runtime.model import Model
 from realjax.runtime.profile import Profiler
@@ -136,14 +136,15 @@ class Trainer:
             fits=fits_function(run),
         )
         opened.callback(self.executor.close)
-        size = config.data.batch_size
+        num_rows = config.data.batch_size * run.train_data.rows_per_record
+        self.executor.calls.generating.prepare(num_rows)
         self.loader = Loader(
             run.train_data,
-            batch_size=size,
+            batch_size=config.data.batch_size,
             seed=config.seed,
             shuffle=config.data.shuffle,
             num_epochs=0 if config.steps else config.epochs,
-            rows=self.executor.calls.rows_here(size * run.train_data.rows_per_record),
+            rows=self.executor.calls.rows_here(num_rows),
         )
         store = self.executor.store
         for role in run.graph.trained_roles:
@@ -153,8 +154,7 @@ class Trainer:
         self._restore()
         # Devices of a CPU have no links: their copies are within one memory.
         if config.check_links and jax.default_backend() != "cpu":
-            rows = size * run.train_data.rows_per_record
-            check_links(plan_links(self.executor, rows, run.width))
+            check_links(plan_links(self.executor, num_rows, run.width))
         self._first_step = self.step
         self.metrics = self._metrics_writers()
         opened.callback(self.metrics.close)
@@ -220,11 +220,7 @@ class Trainer:
         self.checkpointer.wait()
         self.step = step
         own |= self._performance(buffer, time.perf_counter() - begin)
-        own |= {
-            f"timing_s/{event.name}": event.seconds
-            for event in watch.timeline.take()
-            if event.kind in ("call", "host") and event.step == step
-        }
+        own |= call_seconds(watch.timeline.take(), step)
         numbers = self._agree(own)
         rate.update(tokens=numbers["num_tokens"])
         self.console.step(step, self.run.steps, epoch, numbers, rate)
@@ -328,8 +324,7 @@ class Trainer:
             role: store.saved_state(role) for role in self.run.graph.changed_roles
         }
         return states | {
-            f"state_{name}": state
-            for name, state in self.executor.calls.transform_states.items()
+            f"state_{name}": state for name, state in self.executor.calls.states.items()
         }
 
     def _save(self, *, export: bool = True) -> None:
@@ -349,6 +344,7 @@ class Trainer:
                 "num_nonfinite": self.num_nonfinite,
                 "plan": self.run.plan.as_dict(),
                 "samples": self.samples,
+                "carried": self.executor.calls.generating.notes,
             },
         )
         if has_export and not is_last:
@@ -367,8 +363,9 @@ class Trainer:
         found = self.checkpointer.restore_latest(abstract, real=real)
         for role in roles:
             store.restore(role, found.arrays[role])
-        for name in self.executor.calls.transform_states:
-            self.executor.calls.transform_states[name] = found.arrays[f"state_{name}"]
+        calls = self.executor.calls
+        states = {name: found.arrays[f"state_{name}"] for name in calls.states}
+        calls.restore(states, found.metadata.get("carried", {}))
         self.step = found.step
         self.loader.restore(found.metadata["loader"])
         self.num_nonfinite = found.metadata["num_nonfinite"]
