@@ -1,4 +1,4 @@
-"""Generate: completions of a loop without cache, masks, waves, and what a row sees."""
+"""Generate: completions of a loop without pages, masks, and what a row sees."""
 
 import functools
 
