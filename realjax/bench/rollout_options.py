@@ -6,6 +6,7 @@ import math
 import pathlib
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -102,7 +103,7 @@ class Options:
     sections: tuple[str, ...] = SECTIONS
     repetitions: int = 7
     sizes: Sizes = Sizes()
-    engine: dict[str, int] = dataclasses.field(default_factory=dict)
+    engine: dict[str, Any] = dataclasses.field(default_factory=dict)
     hf_python: pathlib.Path | None = None
     bandwidth: float = 0.0
 
@@ -125,6 +126,7 @@ def parse(arguments: Sequence[str] | None, description: str) -> Options:
     parser.add_argument("--steps", type=int, help="tokens that a launch decodes")
     parser.add_argument("--page_size", type=int, help="tokens of a page")
     parser.add_argument("--chunk_tokens", type=int, help="of a chunk of prefill")
+    parser.add_argument("--kv_dtype", help="of keys and values; by default the model's")
     parser.add_argument(
         "--hf_python",
         type=pathlib.Path,
@@ -147,7 +149,7 @@ def parse(arguments: Sequence[str] | None, description: str) -> Options:
     if flags.batches:
         batches = tuple(int(size) for size in flags.batches.split(","))
         sizes = dataclasses.replace(sizes, batches=batches)
-    of_engine = ("steps", "page_size", "chunk_tokens")
+    of_engine = ("steps", "page_size", "chunk_tokens", "kv_dtype")
     return Options(
         model=_model(flags.model, sizes),
         model_name=flags.model,

@@ -200,7 +200,7 @@ def compilations() -> Iterator[Compiled]:
     """Counts what is compiled in between, by whomever."""
     compiled = Compiled()
 
-    def listen(event: str, _: float, **__: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         compiled.count += event == COMPILE_EVENT
 
     jax.monitoring.register_event_duration_secs_listener(listen)

@@ -213,10 +213,13 @@ def test_the_rival_answers_in_turn(tmp_path, monkeypatch):
 
 
 def test_flags_choose_sections_models_and_settings():
-    options = parse(["--sections=equal,roofline", "--batches=2,4", "--steps=16"], "")
+    options = parse(
+        ["--sections=equal,roofline", "--batches=2,4", "--steps=16", "--kv_dtype=int8"],
+        "",
+    )
     assert options.sections == ("equal", "roofline")
     assert options.sizes.batches == (2, 4)
-    assert options.engine == {"steps": 16}
+    assert options.engine == {"steps": 16, "kv_dtype": "int8"}
     assert options.model.num_parameters == pytest.approx(5.2e6, rel=0.1)
     assert options.model.max_positions >= 64 + 512
     assert "roofline" not in parse([], "").sections  # On a CPU.
