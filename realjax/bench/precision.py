@@ -3,7 +3,7 @@
     python -m realjax.bench.precision
 
 The five million parameters of `realjax.bench.quick`, twice: as drawn, and after some
-steps of SFT on chains of tokens, each of which makes a few of the next ones likely. 64
+steps of SFT on chains of 512 tokens, each of which has 8 that may follow. 32
 completions of 64 tokens are sampled at temperature 1 with weights, and keys and values,
 of each type; the trainer, in float32 throughout, scores them. Reported are the mean and
 the largest |Δ log-probability| of a token and the KL of the sampler from the trainer
@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,9 @@ from realjax.parallel.partition import partition_for
 from realjax.rl import importance
 from realjax.rl.sampling import Sampling
 from realjax.rollout.settings import Settings
+
+NUM_TOKENS = 512
+"""Of the vocabulary that are in chains."""
 
 NEXT = 8
 """Tokens that may follow one of a chain, the k-th with a probability as of 1 / k."""
@@ -81,7 +84,7 @@ class Sizes:
     """
 
     model: ModelConfig = MODEL
-    num_prompts: int = 64
+    num_prompts: int = 32
     prompt_length: int = 64
     new_tokens: int = 64
     sft_steps: int = 150
@@ -94,25 +97,28 @@ class Sizes:
 
 def measure(sizes: Sizes, cases: Sequence[Case] = CASES) -> dict[str, Any]:
     """Every case for drawn and for tuned parameters."""
-    mesh, chain = make_mesh(Allocation.parse("d1")), Chain(sizes.model.vocab_size)
+    mesh, chain = make_mesh(Allocation.parse("d1")), Chain()
     init = jax.jit(transformer.init_parameters, static_argnums=0)
     drawn = init(sizes.model, jax.random.key(0))
-    entries = [gap_of(sizes, case, drawn, chain, mesh) for case in cases]
-    found: dict[str, Any] = {"drawn": entries}
-    if sizes.sft_steps:
-        tuned, losses = tune(sizes, drawn, chain, mesh)
-        found["sft_loss"] = {"first": losses[0], "last": losses[-1]}
-        found["tuned"] = [gap_of(sizes, case, tuned, chain, mesh) for case in cases]
+    tuned, losses = tune(sizes, drawn, chain, mesh)
+    found: dict[str, Any] = {"sft_loss": {"first": losses[0], "last": losses[-1]}}
+    found |= {"drawn": [], "tuned": []}
+    for case in cases:
+        compare = comparison(sizes, case, chain, mesh)
+        for name, parameters in (("drawn", drawn), ("tuned", tuned)):
+            entry = dataclasses.asdict(case) | compare(parameters)
+            print(name, entry, file=sys.stderr)
+            found[name].append(entry)
     return found
 
 
 class Chain:
     """Texts: each token is followed by one of a few, drawn once for all texts."""
 
-    def __init__(self, vocab_size: int):
+    def __init__(self):
         """Draws what may follow each token."""
         generator = np.random.default_rng(0)
-        self.following = generator.integers(2, vocab_size, (vocab_size, NEXT))
+        self.following = generator.integers(2, NUM_TOKENS, (NUM_TOKENS, NEXT))
         self.odds = 1 / np.arange(1, NEXT + 1)
         self.odds /= self.odds.sum()
 
@@ -140,17 +146,17 @@ def packings_of(lengths: np.ndarray, width: int) -> list[Packing]:
 def tune(
     sizes: Sizes, parameters: PyTree, chain: Chain, mesh: jax.sharding.Mesh
 ) -> tuple[PyTree, list[float]]:
-    """Some steps on 32 texts each; also the losses."""
+    """Some steps on 8 texts each; also the losses."""
     spec = Train(loss=sft.loss, reads=("tokens", "completion_mask"))
     config = OptimizerConfig(learning_rate=3e-3)
     model = program_of(sizes, "float32", mesh)
     train = TrainProgram(spec, model, mesh, config, sizes.sft_steps)
     state = train.init_optimizer(jax.tree.map(jnp.copy, parameters))
-    lengths, losses = np.full(32, sizes.width, np.int32), []
-    mask = np.ones((32, sizes.width), bool)
+    lengths, losses = np.full(8, sizes.width, np.int32), []
+    mask = np.ones((8, sizes.width), bool)
     mask[:, 0] = False
     for step in range(sizes.sft_steps):
-        tokens = chain.draw(step, 32, sizes.width)
+        tokens = chain.draw(step, 8, sizes.width)
         batch = jax.device_put({"tokens": tokens, "completion_mask": mask})
         state, reports = train(state, batch, [packings_of(lengths, sizes.width)])
         losses.append(round(float(reports[0]["loss"].value()), 4))
@@ -158,13 +164,10 @@ def tune(
     return state.parameters, losses
 
 
-def gap_of(
-    sizes: Sizes, case: Case, parameters: PyTree, chain: Chain, mesh: jax.sharding.Mesh
-) -> dict[str, Any]:
-    """Sample in the types of a case, score in float32, compare."""
-    copy = jax.tree.map(lambda leaf: leaf.astype(case.dtype), parameters)
-    if case.weights:
-        copy = jax.jit(quantized.quantize, static_argnums=1)(copy, case.weights)
+def comparison(
+    sizes: Sizes, case: Case, chain: Chain, mesh: jax.sharding.Mesh
+) -> Callable[[PyTree], dict[str, float]]:
+    """What samples in the types of a case, scores in float32, and compares."""
     sampling = Sampling(max_new_tokens=sizes.new_tokens)
     generate = GenerateProgram(
         Generate(sampling=sampling),
@@ -179,16 +182,20 @@ def gap_of(
         "lengths": np.full(sizes.num_prompts, sizes.prompt_length, np.int32),
         "ids": np.arange(sizes.num_prompts, dtype=np.uint32),
     }
-    rollout = generate(copy, prompts, jax.random.key(1))
-    lengths = np.asarray(rollout.lengths)
     infer = InferProgram(Infer(), program_of(sizes, "float32", mesh), mesh)
-    found = infer(
-        parameters, {"tokens": rollout.tokens}, packings_of(lengths, sizes.width)
-    )
-    numbers = compared(found["logprobs"], rollout.old_logprobs, rollout.completion_mask)
-    entry = dataclasses.asdict(case) | numbers
-    print(entry, file=sys.stderr)
-    return entry
+
+    def compare(parameters: PyTree) -> dict[str, float]:
+        copy = jax.tree.map(lambda leaf: leaf.astype(case.dtype), parameters)
+        if case.weights:
+            copy = jax.jit(quantized.quantize, static_argnums=1)(copy, case.weights)
+        rollout = generate(copy, prompts, jax.random.key(1))
+        packings = packings_of(np.asarray(rollout.lengths), sizes.width)
+        found = infer(parameters, {"tokens": rollout.tokens}, packings)
+        return compared(
+            found["logprobs"], rollout.old_logprobs, rollout.completion_mask
+        )
+
+    return compare
 
 
 def compared(logprobs: Array, old_logprobs: Array, mask: Array) -> dict[str, float]:
