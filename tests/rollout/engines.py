@@ -66,11 +66,15 @@ def parameters_at(config: ModelConfig, place: str = "d1", seed: int = 0):
 def host_settings(engine: Engine, num_pages: int = 0, **changes) -> Iterator[None]:
     """Let the host decide otherwise for a while, with the same programs and pool."""
     settings, room = engine.settings, engine.room
+    with engine._borrowed_pool():
+        pass  # It is there as a whole from now on.
     engine.settings = dataclasses.replace(settings, **changes)
     if num_pages:
         engine.room = dataclasses.replace(room, num_pages=num_pages)
-    yield
-    engine.settings, engine.room = settings, room
+    try:
+        yield
+    finally:
+        engine.settings, engine.room = settings, room
 
 
 def inputs_of(

@@ -136,14 +136,9 @@ END_SETS = ((1,), tuple(range(0, 61, 9)))
 
 @functools.cache
 def random_engine(index):
-    """An engine whose pool is there already, as a whole."""
-    config = longer("qwen2")
-    engine = make_engine(
-        config, width=RANDOM_WIDTH, eos=END_SETS[index], steps=4, slots=4
+    return make_engine(
+        longer("qwen2"), width=RANDOM_WIDTH, eos=END_SETS[index], steps=4, slots=4
     )
-    prompts = inputs_of([[1]] * NUM_PROMPTS, longest=LONGEST)
-    engine.warm_up(parameters_at(config), prompts, completions_per_prompt=2)
-    return engine
 
 
 def check_schedules(seeds):
