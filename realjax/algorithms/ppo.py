@@ -18,6 +18,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from realjax import functions, rl
+from realjax.core.config import check_least
 from realjax.dataflow import DataflowGraph, call, following
 from realjax.rl import Mean
 
@@ -44,7 +45,7 @@ class PPO:
             p ← η policy + (1 − η) p; 0 leaves it as it is.
         max_ratio, max_kl: a minibatch whose mean importance ratio or mean approximate
             KL (nats per token) exceeds these changes nothing; 0 turns the check off.
-        portions, token_budget, num_carried: of the rollout, see `functions.Generate`.
+        delivery: of the rollout, in portions or up to a budget of tokens.
         importance_cap: largest weight that corrects for a sampler of fewer bits than
             the trainer has, see `rl.importance`; 0 takes the two for the same.
     """
@@ -68,17 +69,11 @@ class PPO:
     max_ratio: float = 5.0
     max_kl: float = 0.0
     importance_cap: float = 0.0
-    portions: int = 1
-    token_budget: int = 0
-    num_carried: int = 0
+    delivery: functions.Delivery = functions.Delivery()
 
     def __post_init__(self):
         """Refuses a weight below 0."""
-        if self.importance_cap < 0:
-            raise ValueError(
-                f"importance_cap is {self.importance_cap}; it must be above 0, or 0 for"
-                " no correction."
-            )
+        check_least(self, 0, "importance_cap")
 
 
 HYPERPARAMETERS = PPO
@@ -107,12 +102,9 @@ def advantages(state, batch, *, hp: PPO):
     last_values = jnp.where(is_truncated, last_values, 0.0)
     estimates, returns = gae(rewards, values, mask, bootstrap_values=last_values)
     normalizer = rl.normalization.update(state["values"], returns, mask)
-    outputs = {
-        "advantages": rl.masking.whiten(estimates, mask)
-        if hp.whiten_advantages
-        else estimates,
-        "value_targets": rl.normalization.normalize(normalizer, returns),
-    }
+    targets = rl.normalization.normalize(normalizer, returns)
+    if hp.whiten_advantages:
+        estimates = rl.masking.whiten(estimates, mask)
     kl = Mean.over(jnp.where(mask, old_logprobs - ref_logprobs, 0.0).sum(1), counts)
     coefficient = rl.kl.next_coefficient(hp.kl, state["kl_coef"], kl)
     metrics = {
@@ -124,6 +116,7 @@ def advantages(state, batch, *, hp: PPO):
         "val/returns": Mean.over(returns, mask),
         "val/values": Mean.over(values, mask),
     }
+    outputs = {"advantages": estimates, "value_targets": targets}
     return {"values": normalizer, "kl_coef": coefficient}, outputs, metrics
 
 
@@ -134,22 +127,18 @@ def policy_loss(logprobs, batch, *, hp: PPO):
     `proximal` it holds for the first minibatch alone, of which the runtime reports it.
     """
     mask, old_logprobs = batch["completion_mask"], batch["old_logprobs"]
-    proximal = batch["proximal_logprobs"] if hp.importance_cap else old_logprobs
+    proximal = batch.get("proximal_logprobs", old_logprobs)
     loss, clipped = rl.losses.clipped_surrogate(
         logprobs, proximal, batch["advantages"], clip_ratio=hp.clip_ratio
     )
-    if hp.importance_cap:
-        loss *= rl.importance.truncated_weights(
-            proximal, old_logprobs, cap=hp.importance_cap
-        )
-    log_ratio = logprobs - proximal
-    trainer = proximal if hp.importance_cap else logprobs
-    return Mean.over(loss, mask), rl.importance.gap(trainer, old_logprobs, mask) | {
-        "policy/approxkl_avg": Mean.over(0.5 * jnp.square(log_ratio), mask),
-        "policy/clipfrac_avg": Mean.over(clipped, mask),
-        "policy/entropy_avg": Mean.over(batch["entropy"], mask),
-        "val/ratio": Mean.over(jnp.exp(log_ratio), mask),
-    }
+    loss *= rl.importance.truncated_weights(
+        proximal, old_logprobs, cap=hp.importance_cap
+    )
+    trainer = batch.get("proximal_logprobs", logprobs)
+    metrics = rl.importance.gap(trainer, old_logprobs, mask)
+    entropy, log_ratio = batch["entropy"], logprobs - proximal
+    metrics |= rl.losses.surrogate_metrics(log_ratio, clipped, entropy, mask)
+    return Mean.over(loss, mask), metrics
 
 
 def value_loss(values, batch, *, hp: PPO):
@@ -172,11 +161,7 @@ def graph(hp: PPO) -> DataflowGraph:
     bind, infer, by_text = functools.partial, functions.Infer, functions.Score
     temperature, group = hp.sampling.temperature, hp.completions_per_prompt
     generate = functions.Generate(
-        sampling=hp.sampling,
-        completions_per_prompt=group,
-        portions=hp.portions,
-        token_budget=hp.token_budget,
-        num_carried=hp.num_carried,
+        sampling=hp.sampling, completions_per_prompt=group, delivery=hp.delivery
     )
     score = by_text(rewards=hp.rewards) if hp.rewards else infer(output="scores")
     scored = ("tokens", "kept") if functions.is_filtered(hp.sampling) else ("tokens",)

@@ -102,6 +102,19 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
         )
 
 
+def check_least(config: Any, least: float, *names: str) -> None:
+    """Refuses fields below a number; for `__post_init__`.
+
+    Raises:
+        ValueError: naming the field, its value and the least one.
+    """
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(
+                f"{name} is {getattr(config, name)}; it must be at least {least}."
+            )
+
+
 def _call(make, path: str, /, *args, **kwargs):
     """`make(…)`, with the path before the text of an error."""
     try:

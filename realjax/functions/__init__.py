@@ -1,6 +1,7 @@
 """Model function calls: what is asked of a role, and the programs that do it."""
 
 from realjax.functions.function import (
+    Delivery,
     Follow,
     Function,
     Generate,
@@ -13,6 +14,7 @@ from realjax.functions.function import (
 from realjax.functions.score import RewardFunction
 
 __all__ = [
+    "Delivery",
     "Follow",
     "Function",
     "Generate",

@@ -59,17 +59,10 @@ class Function:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate(Function):
-    """Samples completions; the batch then holds one row per completion.
-
-    Writes tokens [B, T] (prompt, then completion), completion_mask [B, T] (the
-    end-of-sequence token included), old_logprobs [B, T], is_truncated [B] (no
-    end-of-sequence token within the limit) and, when the sampler filters, kept: the
-    token ids it chose among, which every later log-probability is normalised over.
+class Delivery:
+    """When groups of a rollout, the completions of a prompt, are handed on.
 
     Attributes:
-        sampling: how tokens are drawn.
-        completions_per_prompt: rows of a prompt, a group.
         portions: parts of the batch that calls which follow on other devices take one
             after the other, as their groups end.
         token_budget: tokens after which sampling stops for a step. Groups that have
@@ -79,21 +72,12 @@ class Generate(Function):
         num_carried: the most groups that go on so; sampling does not stop before.
     """
 
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    completions_per_prompt: int = 1
     portions: int = 1
     token_budget: int = 0
     num_carried: int = 0
-    reads: tuple[str, ...] = ("prompts",)
-    writes: tuple[str, ...] = dataclasses.field(init=False)
 
     def __post_init__(self):
-        """Fills `writes` from the sampling; refuses a count below one."""
-        if self.completions_per_prompt < 1:
-            raise ValueError(
-                f"completions_per_prompt is {self.completions_per_prompt}; each prompt "
-                "needs at least 1."
-            )
+        """Refuses counts that contradict each other."""
         if self.portions < 1:
             raise ValueError(f"portions is {self.portions}; there is at least 1.")
         if self.token_budget < 0 or bool(self.token_budget) != bool(self.num_carried):
@@ -107,7 +91,46 @@ class Generate(Function):
                 f"There is a token_budget and portions is {self.portions}. Which groups"
                 " a step has is known only when its budget is spent: set portions to 1."
             )
-        kept = ("kept",) if is_filtered(self.sampling) else ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Function):
+    """Samples completions; the batch then holds one row per completion.
+
+    Writes tokens [B, T] (prompt, then completion), completion_mask [B, T] (the
+    end-of-sequence token included), old_logprobs [B, T], is_truncated [B] (no
+    end-of-sequence token within the limit) and, when the sampler filters, kept: the
+    token ids it chose among, which every later log-probability is normalised over.
+
+    Attributes:
+        sampling: how tokens are drawn.
+        completions_per_prompt: rows of a prompt, a group.
+        delivery: when its groups are handed on.
+    """
+
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    completions_per_prompt: int = 1
+    delivery: Delivery = dataclasses.field(default_factory=Delivery)
+    reads: tuple[str, ...] = ("prompts",)
+    writes: tuple[str, ...] = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        """Fills `writes` from the sampling; refuses what cannot be trained on."""
+        if self.completions_per_prompt < 1:
+            raise ValueError(
+                f"completions_per_prompt is {self.completions_per_prompt}; each prompt "
+                "needs at least 1."
+            )
+        sampling = self.sampling
+        if not sampling.is_recomputable:
+            raise ValueError(
+                f"repetition_penalty is {sampling.repetition_penalty} and"
+                f" presence_penalty is {sampling.presence_penalty}: penalties change"
+                " the distribution by what a row holds so far, and the trainer could"
+                " not find its log-probabilities again. Generate for training with 1"
+                " and 0; `realjax.sample` takes penalties."
+            )
+        kept = ("kept",) if is_filtered(sampling) else ()
         object.__setattr__(self, "writes", (*GENERATED, *kept))
 
 

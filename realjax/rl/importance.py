@@ -31,8 +31,10 @@ def truncated_weights(
     Args:
         logprobs: of the tokens, by the trainer before it learns from them.
         old_logprobs: of the tokens, by the sampler.
-        cap: above 0; 2 is a common one.
+        cap: 2 is a common one; 0 corrects nothing: all weights are 1.
     """
+    if not cap:
+        return jnp.ones_like(logprobs)
     log_weights = jnp.minimum(logprobs - old_logprobs, math.log(cap))
     return jax.lax.stop_gradient(jnp.exp(log_weights))
 

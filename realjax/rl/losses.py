@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from realjax.core.arrays import Array, Bool, Float
+from realjax.rl.masking import Mean
 
 
 def clipped_surrogate(
@@ -31,6 +32,28 @@ def clipped_surrogate(
     near = jnp.clip(ratio, 1.0 - clip_ratio, 1.0 + clip_ratio)
     loss, clipped_loss = -advantages * ratio, -advantages * near
     return jnp.maximum(loss, clipped_loss), clipped_loss > loss
+
+
+def surrogate_metrics(
+    log_ratio: Float[Array, "B T"],
+    clipped: Bool[Array, "B T"],
+    entropy: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+) -> dict[str, Mean]:
+    """Report what a policy loss saw, as means over tokens.
+
+    Args:
+        log_ratio: log ρ_t; half its square estimates the KL from the sampler.
+        clipped: where the clipped ratio decided the loss.
+        entropy: of the distributions over the next token.
+        mask: tokens that count.
+    """
+    return {
+        "policy/approxkl_avg": Mean.over(0.5 * jnp.square(log_ratio), mask),
+        "policy/clipfrac_avg": Mean.over(clipped, mask),
+        "policy/entropy_avg": Mean.over(entropy, mask),
+        "val/ratio": Mean.over(jnp.exp(log_ratio), mask),
+    }
 
 
 def clipped_value(

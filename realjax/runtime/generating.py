@@ -88,7 +88,7 @@ class Generating:
         """
         for name, node in self.calls.graph.calls.items():
             spec = node.function
-            if isinstance(spec, Generate) and spec.token_budget:
+            if isinstance(spec, Generate) and spec.delivery.token_budget:
                 engine = self.calls.programs.get(name, num_prompts).engine
                 is_here = self.calls.is_here(name)
                 self.carries[name] = _empty_carry(engine, spec, is_here)
@@ -137,7 +137,7 @@ class Generating:
                         key,
                         on_progress=passing.on_progress,
                     )
-                if spec.token_budget and passing.is_training:
+                if spec.delivery.token_budget and passing.is_training:
                     rollout = self._up_to_budget(name, node, buffer, program, begin)
                 elif begin is None:
                     portions.listen(program)
@@ -193,7 +193,7 @@ class Generating:
                     spec, session, groups, ids >= 0, num_prompts
                 )
                 index = _padded(
-                    groups.rows[rest], engine.filled(spec.num_carried * group)
+                    groups.rows[rest], engine.filled(spec.delivery.num_carried * group)
                 )
                 rollout = session.results(
                     _padded(groups.rows[chosen], num_prompts * group)
@@ -243,9 +243,9 @@ class Generating:
                 ),
                 has_ended=np.asarray(told["has_ended"]),
             ),
-            ids=_padded(ids[rest], spec.num_carried),
+            ids=_padded(ids[rest], spec.delivery.num_carried),
             columns={
-                key: _chosen(values, rest, spec.num_carried)
+                key: _chosen(values, rest, spec.delivery.num_carried)
                 for key, values in columns.items()
             },
         )
@@ -261,7 +261,7 @@ class Generating:
 
 
 def _empty_carry(engine: Engine, spec: Generate, is_here: bool) -> Carry:
-    size = engine.filled(spec.num_carried * spec.completions_per_prompt)
+    size = engine.filled(spec.delivery.num_carried * spec.completions_per_prompt)
     described = engine.programs.described_rows(size)
     zeros = np.zeros(size, np.int32)
     return Carry(
@@ -274,7 +274,7 @@ def _empty_carry(engine: Engine, spec: Generate, is_here: bool) -> Carry:
             limits=zeros,
             has_ended=np.ones(size, bool),
         ),
-        ids=np.full(spec.num_carried, -1, np.int64),
+        ids=np.full(spec.delivery.num_carried, -1, np.int64),
         columns={},
     )
 
@@ -294,8 +294,8 @@ def _sample_up_to(
         groups.note(session.advance())
         num_ended = int(is_real[groups.ended].sum())
         num_left = int(is_real.sum()) - min(num_ended, size)
-        is_spent = session.work.num_tokens >= spec.token_budget
-        if is_spent and num_left <= spec.num_carried:
+        is_spent = session.work.num_tokens >= spec.delivery.token_budget
+        if is_spent and num_left <= spec.delivery.num_carried:
             groups.note(session.drain())
             break
     ended = groups.ended[is_real[groups.ended]]

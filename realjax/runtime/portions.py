@@ -86,9 +86,9 @@ class Portions:
         self.calls, self.name, self.passing = calls, name, passing
         self.node = calls.graph.calls[name]
         self.spec: Generate = self.node.function  # pyright: ignore[reportAttributeAccessIssue]
-        self.names = self._followers() if self.spec.portions > 1 else []
+        self.names = self._followers() if self.spec.delivery.portions > 1 else []
         size, group = passing.buffer.size, self.spec.completions_per_prompt
-        self.num_prompts = -(-size // self.spec.portions)
+        self.num_prompts = -(-size // self.spec.delivery.portions)
         self.groups = Groups(np.arange(size) * group, group)
         self._waiting: list[int] = []
         self._made: list[tuple[np.ndarray, Buffer]] = []

@@ -4,19 +4,12 @@ import dataclasses
 import importlib.util
 from typing import Any
 
+from realjax.core.config import check_least
 from realjax.data.datasets import DataConfig
 from realjax.functions.role import RoleConfig
 from realjax.functions.score import RewardFunction
 from realjax.runtime.checkpoint import CheckpointConfig
 from realjax.runtime.profile import profiled_steps
-
-
-def _check_least(config: Any, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(
-                f"{name} is {getattr(config, name)}; it must be at least {least}."
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +32,7 @@ class EvaluationConfig:
 
     def __post_init__(self):
         """Refuses counts below 0."""
-        _check_least(self, 0, "every_steps", "num_samples")
+        check_least(self, 0, "every_steps", "num_samples")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +104,8 @@ class RunConfig:
     def __post_init__(self):
         """Refuses counts that mean nothing, and a package that is not there."""
         names = ("steps", "seed", "allocations_devices", "microbatch_tokens")
-        _check_least(self, 0, *names, "benchmark_steps", "max_nonfinite", "memory_gib")
-        _check_least(self, 1, "epochs")
+        check_least(self, 0, *names, "benchmark_steps", "max_nonfinite", "memory_gib")
+        check_least(self, 1, "epochs")
         profiled_steps(self.profile_steps)
         for field in ("rows", "pages"):
             for name, count in getattr(self, field).items():

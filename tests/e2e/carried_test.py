@@ -1,4 +1,4 @@
-"""Rollouts that stop at a budget: a run that is stopped goes on with what it carried."""
+"""A run whose rollouts stop at a budget goes on with what it carried, if resumed."""
 
 import shutil
 
@@ -9,7 +9,11 @@ from realjax.core.metrics import read_metrics
 from tests.e2e.small_ppo import fields, train, write_world
 from tests.runtime.small_runs import check_same_arrays, check_same_metrics, saved_arrays
 
-BUDGET = {"hp.token_budget": 30, "hp.num_carried": 8, "evaluation.every_steps": 0}
+BUDGET = {
+    "hp.delivery.token_budget": 30,
+    "hp.delivery.num_carried": 8,
+    "evaluation.every_steps": 0,
+}
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from realjax.functions import Delivery
 from realjax.functions.score import RewardFunction
 from realjax.rl import KLControl
 from tests.e2e.tiny_ppo import (
@@ -52,7 +53,9 @@ def whole():
 
 @pytest.mark.parametrize("portions", (4, pytest.param(3, marks=pytest.mark.slow)))
 def test_portions_change_nothing_of_a_step(whole, portions):
-    found, events, runs = first_step(completions_per_prompt=2, portions=portions)
+    found, events, runs = first_step(
+        completions_per_prompt=2, delivery=Delivery(portions=portions)
+    )
     expected, events_of_whole, _ = whole
     assert_same_step(found, expected)
     # Reward and reference are on devices of their own; the value is not.
@@ -79,7 +82,7 @@ def test_functions_of_the_text_score_portions_alike():
         "kl": KLControl(coef=0.1),
     }
     expected, _, _ = first_step(**changes)
-    found, _, runs = first_step(**changes, portions=4)
+    found, _, runs = first_step(**changes, delivery=Delivery(portions=4))
     assert_same_step(found, expected)
     assert runs["reward"] == 4
     assert len(set(found.made["scores"].tolist())) > 2
@@ -89,8 +92,7 @@ def carried_steps(num_steps, *, token_budget, num_carried=SIZE):
     """Steps whose policy never changes: the batch and the rollout of each."""
     hp = hyperparameters(
         completions_per_prompt=2,
-        token_budget=token_budget,
-        num_carried=num_carried,
+        delivery=Delivery(token_budget=token_budget, num_carried=num_carried),
         max_ratio=1e-9,  # No minibatch is this near: all are skipped.
     )
     executor = make_executor(hp, PLAN)
