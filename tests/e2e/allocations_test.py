@@ -464,7 +464,9 @@ def test_ratio_is_one_however_completions_are_drawn(many, sampling):
     ],
     ids=["same_devices", "sequence"],
 )
-def test_two_completions_in_few_slots_over_shuffled_epochs_equal_one_device(allocations):
+def test_two_completions_in_few_slots_over_shuffled_epochs_equal_one_device(
+    allocations,
+):
     hp = hyperparameters(
         completions_per_prompt=2,
         minibatches=2,
