@@ -43,10 +43,16 @@ SETTINGS = {
     "temperature": Sampling(temperature=1.7),
     "union": Sampling(temperature=0.7, top_k=20, top_p=0.9, union=True),
     "filters and least length": Sampling(top_k=5, top_p=0.8, min_new_tokens=8),
+    "min-p": Sampling(min_p=0.1),
+    "min-p of top-k and top-p": Sampling(top_k=20, top_p=0.95, min_p=0.05),
+    "bad words": Sampling(bad_words=((5,), (9, 10), (30, 3, 7))),
+    "all that sets describe": Sampling(
+        temperature=0.8, top_p=0.95, min_p=0.02, bad_words=((5,),), min_new_tokens=4
+    ),
     "greedy": Sampling(greedy=True),
     "greedy with least length": Sampling(greedy=True, min_new_tokens=8),
 }
-SAMPLE = ("all filters", "top-p alone", "least length", "no filter")
+SAMPLE = ("all filters", "top-p alone", "least length", "no filter", "bad words")
 UNFILTERED = ("no filter", "temperature", "greedy")
 
 
@@ -148,6 +154,12 @@ def test_the_reference_normalises_over_the_policys_set(name):
     found = scored(rollout, name, other)
     assert np.isfinite(found[mask]).all()
     np.testing.assert_allclose(found[mask], expected[mask], atol=2e-5)
+
+
+@pytest.mark.parametrize("penalty", ["repetition_penalty", "presence_penalty"])
+def test_penalties_are_refused_for_training(penalty):
+    with pytest.raises(ValueError, match=rf"{penalty} is 1.5.*`realjax.sample` takes"):
+        Generate(sampling=Sampling(**{penalty: 1.5}))
 
 
 def test_greedy_without_a_least_length_has_no_sets():
