@@ -3,7 +3,7 @@
     python -m realjax.bench.precision
 
 The five million parameters of `realjax.bench.quick`, twice: as drawn, and after some
-steps of SFT on chains of 512 tokens, each of which has 8 that may follow. 32
+steps of SFT on chains of 64 tokens, each of which has 8 that may follow. 32
 completions of 64 tokens are sampled at temperature 1 with weights, and keys and values,
 of each type; the trainer, in float32 throughout, scores them. Reported are the mean and
 the largest |Δ log-probability| of a token and the KL of the sampler from the trainer
@@ -41,7 +41,7 @@ from realjax.rl import importance
 from realjax.rl.sampling import Sampling
 from realjax.rollout.settings import Settings
 
-NUM_TOKENS = 512
+NUM_TOKENS = 64
 """Of the vocabulary that are in chains."""
 
 NEXT = 8
@@ -87,7 +87,7 @@ class Sizes:
     num_prompts: int = 32
     prompt_length: int = 64
     new_tokens: int = 64
-    sft_steps: int = 150
+    sft_steps: int = 120
 
     @property
     def width(self) -> int:

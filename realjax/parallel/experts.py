@@ -18,7 +18,7 @@ sort of the pairs would move all of them to every device.
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,12 +84,12 @@ class _Layout(NamedTuple):
         """Return the specs; scales are small, and are not cut by width."""
         wide = self._spec(("expert",), self.width_axes, ("tensor",))
         tall = self._spec(("expert",), ("tensor",), self.width_axes)
-        specs = ExpertKernels._make((wide, wide, tall))
-        if not isinstance(kernels.gate, Quantized):
-            return specs
-        wide_scale = self._spec(("expert",), ("tensor",))
-        scales = (wide_scale, wide_scale, self._spec(("expert",), ()))
-        return ExpertKernels._make(map(Quantized, specs, scales))
+        specs: Any = (wide, wide, tall)
+        if isinstance(kernels.gate, Quantized):
+            scale = self._spec(("expert",), ("tensor",))
+            scales: Any = (scale, scale, self._spec(("expert",), ()))
+            specs = map(Quantized, specs, scales)
+        return ExpertKernels._make(specs)
 
     @property
     def parts(self) -> P:

@@ -32,6 +32,10 @@ def test_weights_are_exactly_one_where_sampler_and_trainer_agree():
     np.testing.assert_array_equal(importance.truncated_weights(OLD, OLD, cap=2.0), 1.0)
 
 
+def test_a_cap_of_0_corrects_nothing():
+    np.testing.assert_array_equal(importance.truncated_weights(NEW, OLD, cap=0.0), 1.0)
+
+
 def test_weights_have_no_gradient():
     total = lambda logprobs: importance.truncated_weights(logprobs, OLD, cap=2.0).sum()
     np.testing.assert_array_equal(jax.grad(total)(NEW), 0.0)

@@ -1,6 +1,7 @@
 """Tests of `realjax/runtime/parameters.py`."""
 
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import pytest
 
 from realjax.dataflow.schedule import Place
 from realjax.functions.train import TrainState
+from realjax.models import quantized
 from realjax.models.transformer import abstract_parameters
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.sharding import padded_for
-from realjax.realloc import is_on_host
+from realjax.realloc import is_on_host, live_bytes
 from realjax.realloc.links import CorruptedCopyError, check_moved
 from realjax.realloc.transfer import Traffic, reallocate
 from realjax.runtime import parameters
@@ -20,8 +22,8 @@ from realjax.runtime.parameters import ParameterStore, VersionError
 from realjax.testing import tiny_model
 
 
-def place(text, dtype="float32"):
-    return Place(Allocation.parse(text), dtype)
+def place(text, dtype="float32", weights=""):
+    return Place(Allocation.parse(text), dtype, weights)
 
 
 POLICY, REFERENCE, ROLLOUT = place("f4@0-3"), place("t2@6-7"), place("d2@4-5")
@@ -76,6 +78,64 @@ def test_a_copy_made_before_an_update_is_refused_after_it():
     check_all(store.get("policy", POLICY, 1), 2)
     store.move("policy", ROLLOUT, traffic, version=1)
     check_all(store.get("policy", ROLLOUT, 1), 2)
+
+
+def small_bytes(tree):
+    """Bytes of quantized matrices, without their scales."""
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.nbytes for leaf in leaves if leaf.dtype in (jnp.int8, jnp.uint8))
+
+
+def test_a_copy_for_a_rollout_is_quantized_anew_after_each_update():
+    store, traffic = store_of(), Traffic()
+    rollout = place("d2@4-5", "bfloat16", "int8")
+    store.begin_step()
+    first = store.move("policy", rollout, traffic)
+    kernel = first["layers"]["mlp"]["up"]["kernel"]
+    assert (kernel.values.dtype, kernel.scale.dtype) == (jnp.int8, jnp.float32)
+    assert {d.id for d in kernel.values.sharding.device_set} == {4, 5}
+    np.testing.assert_array_equal(kernel.values, 127)  # All weights are 1.
+    np.testing.assert_allclose(kernel.scale, 1 / 127, rtol=1e-6)
+    assert first["embedding"].dtype == jnp.bfloat16
+    assert store.get("policy", rollout, 0) is first
+    # The masters are as they were, and give another copy when they change.
+    check_all(store.at_home("policy"), 1)
+    train(store, 2.0)
+    store.release("policy", rollout)
+    second = store.move("policy", rollout, traffic, version=1)
+    scale = second["layers"]["mlp"]["up"]["kernel"].scale
+    np.testing.assert_allclose(scale, 2 / 127, rtol=1e-6)
+
+
+def test_no_whole_copy_of_a_quantized_matrix_is_left():
+    store = store_of()
+    gc.collect()
+    before = live_bytes()
+    copy = store.move("policy", place("d1@4", "bfloat16", "int8"), Traffic())
+    gc.collect()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(copy))
+    assert live_bytes() - before == held
+    assert 0 < small_bytes(copy) < held
+
+
+def test_a_frozen_role_is_quantized_once_and_waits_on_the_host_in_8_bits():
+    home = place("t2@6-7", "float32", "float8_e4m3fn")
+    store = ParameterStore(
+        {"reference": MODEL}, {"reference": home}, [("reference", "parameters")]
+    )
+    given = upload(store, "reference", home, 0.5)
+    store.set_initial("reference", given)
+    host = store.offload("reference")
+    assert is_on_host(host)
+    assert small_bytes(host) > 0
+    store.begin_step()
+    back = store.get("reference", home, 0)["layers"]["attention"]["output"]["kernel"]
+    assert back.values.dtype == jnp.uint8
+    np.testing.assert_allclose(
+        quantized.dequantized(back, (1, 2)), np.full(back.shape, 0.5), rtol=1e-6
+    )
+    # What it was given is another's, and as it was.
+    check_all(given, 0.5)
 
 
 def test_parameters_set_out_of_turn_are_refused():
