@@ -160,8 +160,12 @@ class Engine:
         """Refuse a row that can never end.
 
         Raises:
-            ValueError: it is wider than `width`, or than the pool.
+            ValueError: it is wider than `width` or than the pool, or gets no token.
         """
+        if max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}; a completion has at least 1."
+            )
         length = prompt_length + max_new_tokens
         if length > self.width:
             raise ValueError(

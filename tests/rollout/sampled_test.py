@@ -217,7 +217,6 @@ def test_an_interrupted_rollout_leaves_an_engine_that_works():
     assert progress == sorted(progress)
 
 
-@pytest.mark.xfail(strict=True, reason="stale slots are read with a weight of zero")
 def test_numbers_that_are_none_do_not_outlive_their_parameters():
     engine = reading_engine()
     inputs = inputs_of(PROMPTS[:7], IDS[:7], longest=LONGEST)
