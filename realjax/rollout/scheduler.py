@@ -126,7 +126,8 @@ class Scheduler:
             yield launch
 
     def _chunk(self) -> Chunk | None:
-        pending = [shard.pending() for shard in self.shards]
+        most = max(rows for _, rows in self.shapes)
+        pending = [shard.pending(most) for shard in self.shards]
         if not any(pending):
             return None
         longest = max(tokens[0] for tokens in pending if tokens)

@@ -12,7 +12,8 @@ process decides alike.
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -101,8 +102,10 @@ class Prefix:
 
     @property
     def is_done(self) -> bool:
-        """Whether all its tokens are in its pages."""
-        return self.is_here and self.done >= self.length
+        """Whether all its tokens are in its pages, the parent's included."""
+        if not self.is_here or self.done < self.length:
+            return False
+        return self.parent is None or self.parent.is_done
 
 
 @dataclasses.dataclass(eq=False)
@@ -116,7 +119,8 @@ class Row:
         limit: the most tokens of both.
         first_page: index in the sequence of the first of `pages`.
         reserved: pages that will follow those of the prefix.
-        done: tokens whose keys are in `pages`, or will be by what is issued.
+        done: tokens whose keys are in `pages`, or will be by what is issued, until it
+            decodes.
         has_prefix: whether it has taken its prefix.
         is_decoding: whether it is in the launches.
         serial: rises with every entry into a slot.
@@ -279,36 +283,36 @@ class Shard:
 
     # -- prefill ---------------------------------------------------------------------
 
-    def pending(self) -> list[int]:
-        """Tokens still to prefill, of each thing that can be prefilled now."""
-        return [end - start for _, _, start, end in self._jobs()]
+    def pending(self, count: int) -> list[int]:
+        """Tokens to prefill of up to `count` things that can be prefilled now."""
+        jobs = itertools.islice(self._jobs(), count)
+        return [end - start for _, _, start, end in jobs]
 
     def take_segments(self, width: int, count: int) -> list[Segment]:
         """Issue up to `count` segments of up to `width` tokens."""
         segments = []
-        for owner, row, start, end in self._jobs()[:count]:
+        for owner, row, start, end in list(itertools.islice(self._jobs(), count)):
             end = min(end, start + width)
             segments.append(Segment(row.index, start, end - start, list(owner.pages)))
             owner.done = end
             self.num_prefilled += end - start
         return segments
 
-    def _jobs(self) -> list[tuple[Prefix | Row, Row, int, int]]:
+    def _jobs(self) -> Iterator[tuple[Prefix | Row, Row, int, int]]:
         """Who needs tokens [start, end) of which row's buffer, in order of entry."""
-        jobs, seen = [], set()
+        seen = set()
         for row in self._filling:
-            for prefix in reversed(_line(row.prefix)):
-                if prefix.is_done:
-                    continue
-                if id(prefix) not in seen:
-                    seen.add(id(prefix))
-                    jobs.append((prefix, row, prefix.done, prefix.length))
-                break  # What goes on from it waits.
-            else:
+            prefix = row.prefix
+            if prefix.is_done:
                 self._take_prefix(row)
                 if row.done < row.length - 1:
-                    jobs.append((row, row, row.done, row.length - 1))
-        return jobs
+                    yield row, row, row.done, row.length - 1
+                continue
+            while prefix.parent is not None and not prefix.parent.is_done:
+                prefix = prefix.parent  # What goes on from it waits.
+            if prefix not in seen:
+                seen.add(prefix)
+                yield prefix, row, prefix.done, prefix.length
 
     def _take_prefix(self, row: Row) -> None:
         """Hand a prefilled prefix to a row: full pages shared, the rest its own."""
@@ -336,22 +340,25 @@ class Shard:
 
     def settle(self) -> list[tuple[int, int]]:
         """Let rows decode whose prefill is issued; pages (from, to) to copy first."""
-        self._jobs()  # Hands out what is done.
-        ready = [
-            row
-            for row in self._filling
-            if row.prefix.is_done and row.done >= row.length - 1
-        ]
+        ready = [row for row in self._filling if self._is_ready(row)]
         for row in ready:
-            self._filling.remove(row)
             self.decoding.append(row)
             row.is_decoding = True
             row.prefix.num_takers -= 1
             self._drop_unused(row.prefix)
             self._stale.add(row.slot)
-        self.decoding.sort(key=lambda row: row.serial)
+        if ready:
+            self._filling = [row for row in self._filling if not row.is_decoding]
+            self.decoding.sort(key=lambda row: row.serial)
         copies, self._copies = self._copies, []
         return copies
+
+    def _is_ready(self, row: Row) -> bool:
+        """Whether the prefill of all that a row has is issued; it takes its prompt."""
+        if not row.prefix.is_done:
+            return False
+        self._take_prefix(row)
+        return row.done >= row.length - 1
 
     def _drop_unused(self, prefix: Prefix) -> None:
         if prefix.num_waiting == 0 and prefix.num_takers == 0:
@@ -384,7 +391,6 @@ class Shard:
         room, ended = self.room, []
         for row in self.decoding:
             row.length = min(row.length + room.steps, row.limit)
-            row.done = row.length - 1
             if row.length >= row.limit:
                 ended.append(row)
             elif room.window is not None:

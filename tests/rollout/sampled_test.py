@@ -62,7 +62,7 @@ def expected(rows=range(7), config=CONFIG):
     """What one device samples in full slots."""
     found = sampled(engine_of(config=config), rows, config=config)
     lengths = found.completion_mask.sum(axis=1)
-    assert len(set(lengths.tolist())) >= 5
+    assert len(set(lengths.tolist())) >= min(len(rows), 5)
     return found
 
 

@@ -23,6 +23,9 @@ NOTHING = -1
 """Name of what no text has: unwritten slots, and tokens behind the end of a row."""
 
 
+_SHAPES = ([(1, 1)], [(1, 2)], [(2, 1), (4, 1), (4, 3)], [(32, 2)])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
     """Prompts, and what will come of them.
@@ -72,7 +75,7 @@ def random_world(generator: np.random.Generator) -> World:
     page_size, steps, is_sharing = draw(1, 6), draw(1, 6), generator.random() < 0.8
     common = generator.integers(0, 3, draw(0, 20)).tolist()
     common *= int(generator.random() < 0.6)
-    longest = draw(1, 24)
+    longest = draw(1, 30)
     prompts = [
         []
         if generator.random() < 0.1
@@ -80,7 +83,7 @@ def random_world(generator: np.random.Generator) -> World:
         for n in generator.integers(1, longest + 1, draw(1, 10))
     ]
     group = draw(1, 4)
-    limits = generator.integers(1, draw(1, 30) + 1, len(prompts)).tolist()
+    limits = generator.integers(1, draw(1, 45) + 1, len(prompts)).tolist()
     of_rows = np.repeat(limits, group)
     ends = generator.integers(1, of_rows + 1)
     ends = np.where(generator.random(len(ends)) < 0.5, of_rows, ends).tolist()
@@ -92,7 +95,7 @@ def random_world(generator: np.random.Generator) -> World:
         for has, end in zip(carried, ends, strict=True)
     ]
     room = Room(
-        num_slots=draw(1, 6),
+        num_slots=draw(1, 8),
         num_pages=0,
         page_size=page_size,
         steps=steps,
@@ -119,7 +122,7 @@ def random_world(generator: np.random.Generator) -> World:
         num_shared=num_shared,
         is_sharing=is_sharing,
         is_refilling=bool(generator.random() < 0.8),
-        shapes=[(2, 1), (4, 1), (4, 3)] if generator.random() < 0.5 else [(32, 2)],
+        shapes=_SHAPES[draw(0, len(_SHAPES) - 1)],
     )
 
 
@@ -137,7 +140,7 @@ class WatchedShard(Shard):
         super().__init__(room, rows)
         self.order = [row.index for row in self.waiting]
         self.first_serials: dict[int, int] = {}
-        self.num_evicted = 0
+        self.num_evicted = self.num_cut_short = 0
 
     def admit(self) -> None:
         """Admits; nobody may wait who could be in a slot."""
@@ -154,6 +157,10 @@ class WatchedShard(Shard):
         was_there = super()._evict(wanted)
         self.num_evicted += was_there
         return was_there
+
+    def _preempt(self, row: Row) -> None:
+        self.num_cut_short += not row.is_decoding
+        super()._preempt(row)
 
     def available_pages(self) -> int:
         """Pages that are free, or held by prefixes alone that nobody is waiting for."""
