@@ -1,5 +1,6 @@
 """Attention to pages as models call it, and the choice of an implementation.
 
+listed      on CPU, steps of decoding: pages in use are met some at a time
 gathered    the pages of each row are copied together, then attended to as a dense cache
 """
 
@@ -11,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import _dispatch
-from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention import listed, reference
 
 TRACED = "traced"
 
@@ -86,7 +87,7 @@ def paged_attention(
         soft_cap: cap(x) = soft_cap x tanh(x / soft_cap); None leaves scores as they
             are.
         scale: of the scores; may be traced. None is K**-0.5.
-        implementation: "gathered"; None chooses, see `explain`.
+        implementation: "listed" or "gathered"; None chooses, see `explain`.
 
     Returns:
         One vector per token and query head, in the query's dtype. What sees nothing is
@@ -196,6 +197,25 @@ def _as_array(window: int | Array | None) -> Array | None:
     return None if window is None else jnp.asarray(window, jnp.int32)
 
 
+def _listed_unsupported(request: Request) -> str | None:
+    num_tokens = request.query_shape[1]
+    if num_tokens > 1:
+        return f"rows have {num_tokens} tokens, and it takes one"
+    return None
+
+
+def _listed_unwise(request: Request) -> str | None:
+    if request.device.platform != "cpu":
+        return "a loop of few pages leaves most of a GPU idle"
+    return None
+
+
 _IMPLEMENTATIONS = (
+    _dispatch.Implementation(
+        name="listed",
+        function=listed.listed,
+        unsupported=_listed_unsupported,
+        unwise=_listed_unwise,
+    ),
     _dispatch.Implementation(name="gathered", function=reference.gathered),
 )

@@ -107,9 +107,7 @@ def _gather(
     head_1N1 = jnp.arange(num_heads, dtype=jnp.int32)[None, :, None]
 
     def read(stack: Array) -> Array:
-        found = stack.at[layer, page_B1M, head_1N1].get(mode="clip")
-        if stack.dtype == jnp.uint8:
-            found = jax.lax.bitcast_convert_type(found, jnp.float8_e4m3fn)
+        found = stored(stack.at[layer, page_B1M, head_1N1].get(mode="clip"))
         return found.reshape(len(table), num_heads, -1, *stack.shape[4:])
 
     columns = rows.first_page[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
@@ -125,6 +123,13 @@ def _gather(
         value_scales=None if pages.value_scales is None else read(pages.value_scales),
         positions=positions.reshape(len(table), -1),
     )
+
+
+def stored(x: Shaped[Array, "*dims"]) -> Shaped[Array, "*dims"]:
+    """Return the numbers that are stored: of uint8, those of float8_e4m3fn."""
+    if x.dtype == jnp.uint8:
+        return jax.lax.bitcast_convert_type(x, jnp.float8_e4m3fn)
+    return x
 
 
 def _in_blocks(

@@ -1,5 +1,6 @@
 """Attention to pages: what is seen, and that it equals attention without pages."""
 
+import functools
 import re
 from typing import Any
 
@@ -207,8 +208,42 @@ def test_columns_after_those_in_use_are_not_read():
     (nobody,) = set(range(PAGES)) - set(range(PAGES - 1)) - set(sequences.table.flat)
     sequences.keys[:, nobody] = sequences.values[:, nobody] = np.nan
     sequences.table[:, 4:] = nobody
-    assert_equal_where_seen(sequences.attend(query, [13, 8], num_pages=4), expected)
-    assert np.isnan(sequences.attend(query, [13, 8], num_pages=5)).all()
+    attend = functools.partial(
+        sequences.attend, query, [13, 8], implementation="gathered"
+    )
+    assert_equal_where_seen(attend(num_pages=4), expected)
+    assert np.isnan(attend(num_pages=5)).all()
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_listed_pages_say_what_gathered_ones_say(window):
+    # 49 pages in use, more than are met at a time; one row waits.
+    ends = [70, 9, 41, 1, 70, 5]
+    sequences, query = Sequences(ends, [0] * 6, num_columns=18), draw_query(6, 1)
+    sequences.table[3] = -1
+    start = np.array(ends) - 1
+    options = {"window": window, "soft_cap": 3.0}
+    found = api.explain(query.shape, sequences.keys.shape, 18, jnp.float32)
+    assert "runs as 'listed'" in found
+    gathered, listed = (
+        sequences.attend(query, start, implementation=name, **options)
+        for name in ("gathered", "listed")
+    )
+    others = np.arange(6) != 3
+    np.testing.assert_allclose(listed[others], gathered[others], atol=2e-6)
+    assert not np.asarray(listed[3]).any()
+    # A row's result does not depend on the others, to the last bit.
+    few = sequences.table.copy()
+    few[1:] = -1
+    sequences.table = few
+    alone = sequences.attend(query, start, implementation="listed", **options)
+    np.testing.assert_array_equal(alone[0], listed[0])
+
+
+def test_listed_pages_take_one_token():
+    sequences, query = Sequences([14, 9], [0, 0]), draw_query(2, 2)
+    with pytest.raises(ValueError, match=r"cannot run as 'listed': rows have 2 tokens"):
+        sequences.attend(query, [12, 7], implementation="listed")
 
 
 def test_tables_are_read_up_to_a_few_widths():
@@ -249,9 +284,10 @@ def test_many_scores_are_computed_some_queries_at_a_time(monkeypatch):
     assert_equal_where_seen(jax.jit(attend)(query), sequences.plain(query, start))
 
 
+@pytest.mark.parametrize("num_tokens", [1, 3])
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-def test_pages_of_eight_bits_are_times_their_scales(dtype):
-    sequences, query = Sequences([30, 7], [2, 0]), draw_query(2, 3)
+def test_pages_of_eight_bits_are_times_their_scales(dtype, num_tokens):
+    sequences, query = Sequences([30, 7], [2, 0]), draw_query(2, num_tokens)
     start, rng, stored, scales = np.array([27, 4]), np.random.default_rng(4), [], []
     for stack in (sequences.keys, sequences.values):
         scale = rng.uniform(0.01, 0.03, size=stack.shape[:-1]).astype(np.float32)
@@ -312,5 +348,8 @@ def test_heads_that_do_not_split_are_refused():
 
 
 def test_the_choice_is_explained():
-    found = api.explain((8, 1, 4, 6), (2, 60, 2, 4, 6), 9, jnp.float32)
-    assert found == "paged attention runs as 'gathered'."
+    found = api.explain((8, 2, 4, 6), (2, 60, 2, 4, 6), 9, jnp.float32)
+    assert found == (
+        "paged attention runs as 'gathered'. Not as 'listed': rows have 2 tokens, and"
+        " it takes one."
+    )
