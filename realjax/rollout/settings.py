@@ -20,9 +20,9 @@ class Settings:
 
     slots: int
     pages: int = 0
-    page_size: int = 16
+    page_size: int = 32
     steps: int = 8
-    chunk_tokens: int = 256
+    chunk_tokens: int = 512
     kv_dtype: str = ""
     is_refilling: bool = True
     is_sharing: bool = True
