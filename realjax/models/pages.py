@@ -154,8 +154,8 @@ def write(
         new = new.astype(stack.dtype)
         return places.set(new, mode="drop", unique_indices=True)
 
-    # A slot out of sight counts with a weight of 0, which leaves nothing of a number but
-    # of a NaN: one that stayed would spread to whoever has the page next.
+    # A slot out of sight counts with a weight of 0, which leaves nothing of a number,
+    # but a NaN: one that stayed would spread to whoever has the page next.
     key, value = (jnp.where(jnp.isfinite(x), x, 0) for x in (key, value))
     if pool.key_scales is None or pool.value_scales is None:
         return Pool(put(pool.keys, key), put(pool.values, value))

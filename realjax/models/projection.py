@@ -1,6 +1,7 @@
 """The matrix product of every layer."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -88,7 +89,7 @@ class Projection(nn.Module):
         """Project every token."""
         shape = (*x.shape[x.ndim - self.num_contracted :], *self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        multiply = project_quantized if isinstance(kernel, Quantized) else project
+        multiply: Any = project_quantized if isinstance(kernel, Quantized) else project
         out = multiply(x.astype(self.dtype), kernel, self.num_contracted)
         out = checkpoint_name(out, PRODUCT)
         if not self.has_bias:
