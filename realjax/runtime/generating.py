@@ -179,85 +179,71 @@ class Generating:
         carry, group = self.carries[name], spec.completions_per_prompt
         ids = np.concatenate([carry.ids, buffer.ids])
         first_new = len(carry.carried.lengths)
-        first_rows = np.concatenate(
-            [
-                np.arange(len(carry.ids)) * group,
-                first_new + np.arange(num_prompts) * group,
-            ]
-        )
-        groups = Groups(first_rows, group)
-        told, session, rollout, rows = None, None, None, None
+        old, new = np.arange(len(carry.ids)), np.arange(num_prompts)
+        groups = Groups(np.concatenate([old * group, first_new + new * group]), group)
+        told, rollout, rows = None, None, None
         if begin is not None:
             with begin(carried=carry.carried) as session:
-                chosen, rest = _sample_up_to(
-                    spec, session, groups, ids >= 0, num_prompts
-                )
-                index = _padded(
-                    groups.rows[rest], engine.filled(spec.delivery.num_carried * group)
-                )
+                is_real = ids >= 0
+                chosen, rest = _sample_up_to(spec, session, groups, is_real)
+                index = _padded(groups.rows[rest], first_new)
+                rows = engine.programs.select(session.rows, index)
                 rollout = session.results(
                     _padded(groups.rows[chosen], num_prompts * group)
                 )
-                rows = engine.programs.select(session.rows, index)
                 told = {
                     "chosen": chosen,
                     "rest": rest,
                     "lengths": session.lengths(index),
                     "has_ended": session.has_ended[index] | (index < 0),
                 }
-        columns = {
-            key: carry.columns.get(key, [None] * len(carry.ids)) + list(values)
-            for key, values in buffer.columns.items()
-        }
-        mine = {"told": told, "columns": columns}
-        found = cluster.gather(self.calls.exchange("carried"), mine)
-        told = next(part["told"] for part in found if part["told"] is not None)
-        columns = {
-            key: [
-                next((value for value in values if value is not None), None)
-                for values in zip(
-                    *(part["columns"][key] for part in found), strict=True
-                )
-            ]
-            for key in columns
-        }
+        told, columns = self._agree(told, carry, buffer)
         if rollout is None or rows is None:
             rollout = handles(program.described(num_prompts))
-            rows = handles(engine.programs.described_rows(len(told["lengths"])))
-        prompt_lengths = np.concatenate(
-            [
-                carry.carried.prompt_lengths[: len(carry.ids) * group : group],
-                buffer.lengths["prompts"],
-            ]
-        )
+            rows = handles(engine.programs.described_rows(first_new))
+        old_lengths = carry.carried.prompt_lengths[: len(carry.ids) * group : group]
+        prompt_lengths = np.concatenate([old_lengths, buffer.lengths["prompts"]])
         chosen, rest = (np.asarray(told[key], np.int64) for key in ("chosen", "rest"))
-        lengths = np.asarray(told["lengths"])
-        repeated = _padded(np.repeat(prompt_lengths[rest], group), len(lengths), 0)
+        repeated = _padded(np.repeat(prompt_lengths[rest], group), first_new, 0)
+        limits = np.where(repeated > 0, repeated + spec.sampling.max_new_tokens, 0)
+        num_carried = spec.delivery.num_carried
         self.carries[name] = Carry(
             carried=Carried(
                 rows=rows,
-                lengths=lengths,
+                lengths=np.asarray(told["lengths"]),
                 prompt_lengths=repeated,
-                limits=np.where(
-                    repeated > 0, repeated + spec.sampling.max_new_tokens, 0
-                ),
+                limits=limits,
                 has_ended=np.asarray(told["has_ended"]),
             ),
-            ids=_padded(ids[rest], spec.delivery.num_carried),
-            columns={
-                key: _chosen(values, rest, spec.delivery.num_carried)
-                for key, values in columns.items()
-            },
+            ids=_padded(ids[rest], num_carried),
+            columns=_chosen(columns, rest, num_carried),
         )
         buffer.replace(
             ids=_padded(ids[chosen], num_prompts),
-            columns={
-                key: _chosen(values, chosen, num_prompts)
-                for key, values in columns.items()
-            },
+            columns=_chosen(columns, chosen, num_prompts),
             prompt_lengths=_padded(prompt_lengths[chosen], num_prompts, 0),
         )
         return rollout
+
+    def _agree(
+        self, told: dict | None, carry: Carry, buffer: Buffer
+    ) -> tuple[dict, dict[str, list]]:
+        """What the processes that sample tell the others, and the columns of all."""
+        own = {
+            key: carry.columns.get(key, [None] * len(carry.ids)) + list(values)
+            for key, values in buffer.columns.items()
+        }
+        mine = {"told": told, "columns": own}
+        found = cluster.gather(self.calls.exchange("carried"), mine)
+        columns = {}
+        for key in own:
+            # A process knows the text of the rows that it reads.
+            of_rows = zip(*(part["columns"][key] for part in found), strict=True)
+            columns[key] = [
+                next((value for value in values if value is not None), None)
+                for values in of_rows
+            ]
+        return next(p["told"] for p in found if p["told"] is not None), columns
 
 
 def _empty_carry(engine: Engine, spec: Generate, is_here: bool) -> Carry:
@@ -280,22 +266,23 @@ def _empty_carry(engine: Engine, spec: Generate, is_here: bool) -> Carry:
 
 
 def _sample_up_to(
-    spec: Generate, session: Session, groups: Groups, is_real: np.ndarray, size: int
+    spec: Generate, session: Session, groups: Groups, is_real: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sample until the budget is spent and no more groups are left than are carried.
 
     Returns:
-        The groups of this step, at most `size`, and those that are left.
+        The groups of this step, at most those of a batch, and those that are left.
     """
-    is_real = is_real.copy()
+    delivery = spec.delivery
+    size = len(is_real) - delivery.num_carried
     rows = groups.rows.reshape(-1)
     groups.note(rows[session.has_ended[rows]].tolist())
     while not session.is_done:
         groups.note(session.advance())
         num_ended = int(is_real[groups.ended].sum())
         num_left = int(is_real.sum()) - min(num_ended, size)
-        is_spent = session.work.num_tokens >= spec.delivery.token_budget
-        if is_spent and num_left <= spec.delivery.num_carried:
+        is_spent = session.work.num_tokens >= delivery.token_budget
+        if is_spent and num_left <= delivery.num_carried:
             groups.note(session.drain())
             break
     ended = groups.ended[is_real[groups.ended]]
@@ -310,5 +297,11 @@ def _padded(values: np.ndarray, size: int, empty: int = -1) -> np.ndarray:
     return padded.astype(np.int32) if empty == 0 or values.ndim > 1 else padded
 
 
-def _chosen(values: list, index: np.ndarray, size: int) -> list:
-    return [*(values[i] for i in index), *[None] * (size - len(index))]
+def _chosen(
+    columns: Mapping[str, list], index: np.ndarray, size: int
+) -> dict[str, list]:
+    """Some rows of columns, and as many empty ones as are missing."""
+    missing = [None] * (size - len(index))
+    return {
+        key: [*(values[i] for i in index), *missing] for key, values in columns.items()
+    }

@@ -75,6 +75,7 @@ def test_portions_change_nothing_of_a_step(whole, portions):
         )
 
 
+@pytest.mark.slow
 def test_functions_of_the_text_score_portions_alike():
     changes = {
         "completions_per_prompt": 2,
@@ -146,6 +147,7 @@ def test_groups_that_do_not_end_within_the_budget_go_on_in_the_next_step():
     assert any(id < 2 * SIZE for id in late)
 
 
+@pytest.mark.slow
 def test_no_more_groups_go_on_than_there_is_room_for():
     steps, left = carried_steps(2, token_budget=1, num_carried=4)
     assert len(left) <= 4
