@@ -96,6 +96,7 @@ def test_nothing_is_compiled_after_the_warm_up():
     check_batches(make_engine(), 20)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_where_rows_have_to_give_way():
     engine = make_engine(pages=8)  # One row of 64 tokens needs 5.
     check_batches(engine, 10)

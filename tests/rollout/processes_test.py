@@ -8,6 +8,7 @@ from tests.rollout import crossing
 from tests.rollout.sampled_test import expected
 
 
+@pytest.mark.slow
 def test_two_processes_sample_as_one_device():
     check("d2", num_devices=1)
 
