@@ -148,8 +148,8 @@ def test_a_rollout_updates_its_pool_in_place(name):
     shape = ("--config.rows.rollout=256", "--config.hp.sampling.max_new_tokens=1024")
     program = compiled("rollout", "d1", *shape)[name]
     check(f"rollout d1 {name}", program)
-    # A row has 2047 tokens in 128 pages of 16, and may hold one page more.
-    pool_bytes = 2 * 32 * (256 * 129) * 8 * 16 * 128 * 2
+    # A row has 2047 tokens in 64 pages of 32, and may hold one page more.
+    pool_bytes = 2 * 32 * (256 * 65) * 8 * 32 * 128 * 2
     assert program["alias_bytes"] >= pool_bytes
     assert program["collectives"] == []
 

@@ -96,7 +96,8 @@ def carried_steps(num_steps, *, token_budget, num_carried=SIZE):
         delivery=Delivery(token_budget=token_budget, num_carried=num_carried),
         max_ratio=1e-9,  # No minibatch is this near: all are skipped.
     )
-    executor = make_executor(hp, PLAN)
+    # Few slots: some rows wait while others end.
+    executor = make_executor(hp, PLAN, rows={"rollout": 8})
     steps = []
     try:
         for step in range(1, num_steps + 1):

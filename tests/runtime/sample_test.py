@@ -379,7 +379,7 @@ def test_bad_requests_leave_the_others_alone(model, drawn):
             "has max_new_tokens 2. Give a whole number of at least 3",
         ),
         ([[5], [6]], {"seed": [0, -1]}, "The seed of prompt 1 is -1"),
-        ([[5], [6] * 30], {"pages": 2}, "take 4 pages of 16 .* the pool has 2"),
+        ([[5], [6] * 30], {"pages": 2}, "take 3 pages of 32 .* the pool has 2"),
     ],
 )
 def test_what_is_wrong_with_one_request(model, prompts, options, text):
