@@ -204,6 +204,7 @@ class Engine:
         *,
         completions_per_prompt: int = 1,
         max_new_tokens: Int[np.ndarray, " B"] | None = None,
+        min_new_tokens: Int[np.ndarray, " B"] | None = None,
         carried: Carried | None = None,
         on_progress: OnProgress | None = None,
         on_tokens: OnTokens | None = None,
@@ -218,6 +219,7 @@ class Engine:
             key: of this call in this step.
             completions_per_prompt: rows of a prompt, next to each other.
             max_new_tokens: of each prompt's completions; None is the sampling's.
+            min_new_tokens: the same; at most the sampling's.
             carried: rows of an earlier rollout to go on with; they come first.
             on_progress: told how far it is.
             on_tokens: told new tokens; needs `is_read`.
@@ -234,8 +236,18 @@ class Engine:
         ):
             if length:
                 self.check(length, limit)
+        minimums = min_new_tokens
+        if minimums is None:
+            minimums = np.minimum(limits, self.sampling.min_new_tokens)
+        if (minimums > np.minimum(limits, self.sampling.min_new_tokens)).any():
+            raise ValueError(
+                f"min_new_tokens has {int(minimums.max())}; each is at most the"
+                f" sampling's, {self.sampling.min_new_tokens}, and at most the same"
+                " prompt's max_new_tokens."
+            )
+        bounds = np.stack([minimums, limits], axis=1).astype(np.int32)
         rows, shared, size = self._start(
-            prompts, key, completions_per_prompt, limits, carried
+            prompts, key, completions_per_prompt, bounds, carried
         )
         waiting = _waiting(lengths, limits, completions_per_prompt, carried)
         is_shared = carried is None and self._can_share_all(lengths)
@@ -271,9 +283,9 @@ class Engine:
             completions_per_prompt: rows of a prompt.
         """
         num_prompts, longest = prompts["prompts"].shape
-        limits = np.ones(num_prompts, np.int32)
+        bounds = np.ones((num_prompts, 2), np.int32)
         rows, _, size = self._start(
-            prompts, jax.random.key(0), completions_per_prompt, limits, None
+            prompts, jax.random.key(0), completions_per_prompt, bounds, None
         )
         shapes, num_columns = self.chunk_shapes(longest), self.num_columns
 
@@ -293,14 +305,14 @@ class Engine:
         jax.block_until_ready(finish(rows, None, cuts, is_stopped, size=size))
 
     def _start(
-        self, prompts, key, completions_per_prompt: int, limits, carried
+        self, prompts, key, completions_per_prompt: int, bounds, carried
     ) -> tuple[Rows, Array, int]:
         """Lay out the rows; also the tokens all prompts share, and the rows wanted."""
-        size = len(limits) * completions_per_prompt
+        size = len(bounds) * completions_per_prompt
         num_rows = self.filled(size)
         places = np.arange(num_rows, dtype=np.int32)
-        row_limits = np.zeros(num_rows, np.int32)
-        row_limits[:size] = np.repeat(limits, completions_per_prompt)
+        row_limits = np.zeros((num_rows, 2), np.int32)
+        row_limits[:size] = np.repeat(bounds, completions_per_prompt, axis=0)
         rows, shared = self.programs.start(
             prompts["prompts"],
             prompts["lengths"],

@@ -170,7 +170,6 @@ class Programs:
             *arguments,
             num_rows=num_rows,
             width=self.shapes.width,
-            min_new_tokens=self.sampling.min_new_tokens,
             kept_form=self.kept_form,
         )
 

@@ -83,11 +83,10 @@ def start(
     key: Key[Array, ""],
     row_prompt: Int[Array, " R"],
     row_sample: Int[Array, " R"],
-    row_limits: Int[Array, " R"],
+    row_limits: Int[Array, "R 2"],
     *,
     num_rows: int,
     width: int,
-    min_new_tokens: int,
     kept_form: tuple[str, int] | None,
 ) -> tuple[Rows, Int[Array, ""]]:
     """Lay out the rows of a rollout.
@@ -99,10 +98,9 @@ def start(
         key: of the call.
         row_prompt: prompt of each row; past the last for a row that only fills up.
         row_sample: number of the row among those of its prompt.
-        row_limits: most new tokens.
+        row_limits: least and most new tokens.
         num_rows: R.
         width: T.
-        min_new_tokens: least new tokens.
         kept_form: form of the sets that are recorded, see `sampling.kept_width`.
 
     Returns:
@@ -128,8 +126,8 @@ def start(
         kept=empty_kept(kept_form, num_rows, width),
         lengths=lengths,
         prompt_lengths=lengths,
-        minimums=lengths + min_new_tokens,
-        limits=jnp.where(lengths > 0, lengths + row_limits, 0),
+        minimums=lengths + row_limits[:, 0],
+        limits=jnp.where(lengths > 0, lengths + row_limits[:, 1], 0),
         has_ended=lengths == 0,
         keys=keys,
     )

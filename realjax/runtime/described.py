@@ -219,7 +219,7 @@ class _Described:
             _shape(of_prompts, jnp.int32),
             _shape(of_prompts, jnp.uint32),
             jax.eval_shape(lambda: jax.random.key(0)),
-            *(_shape(of_rows, jnp.int32) for _ in range(3)),
+            *(_shape(size, jnp.int32) for size in (of_rows, of_rows, (num_rows, 2))),
         )
 
         def placed(function: Callable, *arguments: Any) -> Any:

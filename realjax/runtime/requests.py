@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from realjax.data.tokenizer import Tokenizer
-from realjax.rl.sampling import Sampling
 from realjax.runtime.model import Model, check_ids
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -22,7 +21,7 @@ class Request:
     Attributes:
         place: in the list that was given.
         ids: its tokens.
-        max_new_tokens: of each of its completions.
+        max_new_tokens, min_new_tokens: of each of its completions.
         data_id: what its draws depend on beside the key of the call.
         error: what is wrong with it; "" if nothing is.
     """
@@ -30,6 +29,7 @@ class Request:
     place: int
     ids: tuple[int, ...] = ()
     max_new_tokens: int = 0
+    min_new_tokens: int = 0
     data_id: int = 0
     error: str = ""
 
@@ -42,9 +42,9 @@ class Request:
 def read_requests(
     model: Model,
     prompts: Sequence[Prompt],
-    sampling: Sampling,
     *,
     max_new_tokens: int | Sequence[int],
+    min_new_tokens: int | Sequence[int],
     seed: int | Sequence[int],
 ) -> list[Request]:
     """Check prompts and what goes with each.
@@ -52,8 +52,8 @@ def read_requests(
     Args:
         model: that is to go on from them.
         prompts: texts, or lists of ids.
-        sampling: of all.
         max_new_tokens: of all, or of each.
+        min_new_tokens: of all, or of each.
         seed: of each; where there is one for all, the place in the list takes its part.
 
     Returns:
@@ -75,16 +75,17 @@ def read_requests(
     places = range(len(prompts))
     seeds = places if isinstance(seed, int | np.integer) else seed
     requests = []
-    for place, prompt, limit, own_seed in zip(
+    for place, prompt, limit, least, own_seed in zip(
         places,
         prompts,
         _for_each("max_new_tokens", max_new_tokens, prompts),
+        _for_each("min_new_tokens", min_new_tokens, prompts),
         _for_each("seed", seeds, prompts),
         strict=True,
     ):
         try:
             ids = _ids(model, prompt, f"Prompt {place}")
-            _check_limit(model, sampling, len(ids), limit, f"Prompt {place}")
+            _check_limit(model, least, len(ids), limit, f"Prompt {place}")
             if not (_is_whole(own_seed) and 0 <= own_seed < NUM_SEEDS):
                 raise ValueError(
                     f"The seed of prompt {place} is {own_seed!r}. Give a whole number "
@@ -97,6 +98,7 @@ def read_requests(
                 place=place,
                 ids=ids,
                 max_new_tokens=int(limit),
+                min_new_tokens=int(least),
                 data_id=int(own_seed),
             )
             requests.append(found)
@@ -171,10 +173,12 @@ def _ids(model: Model, prompt: Any, what: str) -> tuple[int, ...]:
     return tuple(map(int, ids))
 
 
-def _check_limit(
-    model: Model, sampling: Sampling, length: int, limit: Any, what: str
-) -> None:
-    least = max(sampling.min_new_tokens, 1)
+def _check_limit(model: Model, least: Any, length: int, limit: Any, what: str) -> None:
+    if not _is_whole(least) or least < 0:
+        raise ValueError(
+            f"{what} has min_new_tokens {least!r}. Give a whole number from 0."
+        )
+    least = max(least, 1)
     if not _is_whole(limit) or limit < least:
         raise ValueError(
             f"{what} has max_new_tokens {limit!r}. Give a whole number of at least "

@@ -64,6 +64,7 @@ def sample(
     *,
     completions_per_prompt: int = 1,
     max_new_tokens: int | Sequence[int] = Sampling.max_new_tokens,
+    min_new_tokens: int | Sequence[int] = Sampling.min_new_tokens,
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
     bad_words: Sequence[str | Sequence[int]] = (),
@@ -89,6 +90,7 @@ def sample(
         prompts: texts, or lists of ids.
         completions_per_prompt: of each.
         max_new_tokens: most tokens of a completion; one number, or one for each prompt.
+        min_new_tokens: end-of-sequence tokens are forbidden before as many; the same.
         seed: of the draws; one, or one for each prompt, from 0.
         stop: strings that end a completion, which keeps the ids up to the one that
             completes the string, and the text before it; also before `min_new_tokens`.
@@ -96,7 +98,7 @@ def sample(
         bad_words: texts or lists of ids that are never completed. A text stands for the
             ids the tokenizer gives it, with a space before it and without.
         slots: completions decoded at the same time; 0 means all, up to `MOST_SLOTS`.
-        pages: of 16 tokens that the pool has; 0 is enough for any completions.
+        pages: of 32 tokens that the pool has; 0 is enough for any completions.
         kv_dtype: of keys and values in the pool, "int8" or "float8_e4m3fn" say; by
             default the model's.
         is_strict: whether a prompt that cannot be continued is an exception, and not an
@@ -122,14 +124,14 @@ def sample(
             "pages for as many as are needed."
         )
     check_choice("kv_dtype", kv_dtype, ("", *KV_DTYPES))
-    sampling = _sampling(model, max_new_tokens, bad_words, options)
+    sampling = _sampling(model, max_new_tokens, min_new_tokens, bad_words, options)
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     eos_ids = _eos_ids(model, stop)
     requests = read_requests(
         model,
         prompts,
-        sampling,
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
         seed=seed,
     )
     _check_limit(model, sampling)
@@ -253,12 +255,12 @@ class _Call:
         """Sample a portion of the requests."""
         shape = (self.portion, self.engine.width)
         tokens, ids = np.zeros(shape, np.int32), np.zeros(self.portion, np.uint32)
-        lengths, limits = np.zeros((2, self.portion), np.int32)
+        lengths, limits, minimums = np.zeros((3, self.portion), np.int32)
         rows: dict[int, _Row] = {}
         for line, one in zip(self._lines(len(portion)), portion, strict=True):
             tokens[line, : len(one.ids)] = one.ids
             lengths[line], limits[line] = len(one.ids), one.max_new_tokens
-            ids[line] = one.data_id
+            ids[line], minimums[line] = one.data_id, one.min_new_tokens
             for number, place in enumerate(self._places(one)):
                 rows[line * self.group_size + number] = self._row(one, place)
 
@@ -275,6 +277,7 @@ class _Call:
             key,
             completions_per_prompt=self.group_size,
             max_new_tokens=limits,
+            min_new_tokens=minimums,
             on_progress=on_progress,
             on_tokens=on_tokens,
         ) as session:
@@ -358,7 +361,11 @@ def _check_limit(model: Model, sampling: Sampling) -> None:
 
 
 def _sampling(
-    model: Model, max_new_tokens: int | Sequence[int], bad_words, options: dict
+    model: Model,
+    max_new_tokens: int | Sequence[int],
+    min_new_tokens: int | Sequence[int],
+    bad_words,
+    options: dict,
 ) -> Sampling:
     """How tokens are drawn; limits of single prompts are checked with these."""
     words = word_ids(model.tokenizer, bad_words)
@@ -366,6 +373,11 @@ def _sampling(
     longest = model.config.longest_sequence(is_sampled=False)
     is_one = isinstance(max_new_tokens, int | np.integer)
     values["max_new_tokens"] = int(max_new_tokens) if is_one else longest - 1
+    values["min_new_tokens"] = (
+        min_new_tokens
+        if isinstance(min_new_tokens, int | np.integer)
+        else max(0, *(one for one in min_new_tokens if isinstance(one, int)), 0)
+    )
     sampling = to_dataclass(Sampling, values, path="sample")
     largest = max((max(word) for word in sampling.bad_words), default=-1)
     if largest >= model.config.vocab_size:

@@ -149,6 +149,20 @@ def test_limits_are_those_of_each_prompt():
 # -- stops, failures and the pool ------------------------------------------------------
 
 
+def test_least_lengths_are_those_of_each_prompt():
+    sampling = dataclasses.replace(SAMPLING, min_new_tokens=LIMIT)
+    least = np.array([0, LIMIT, 3, 0, 5, 0, 2], np.int32)
+    engine = engine_of(sampling=sampling)
+    found = sampled(engine, range(7), min_new_tokens=least)
+    plain, of_rows = expected(), np.repeat(least, GROUP)
+    assert (found.completion_mask.sum(axis=1) >= of_rows).all()
+    rows = of_rows == 0  # As if there were no least length.
+    np.testing.assert_array_equal(found.tokens[rows], plain.tokens[rows])
+    assert (plain.completion_mask.sum(axis=1) < of_rows).any()
+    with pytest.raises(ValueError, match=r"min_new_tokens has .*at most the"):
+        sampled(engine, range(7), min_new_tokens=least + LIMIT)
+
+
 def reading_engine():
     return engine_of(is_read=True)
 

@@ -450,3 +450,13 @@ def test_a_model_over_stages_does_not_sample(folder):
 
 def test_a_prompt_that_just_fits_is_sampled(model):
     assert draw(model, [[5] * 246])
+
+
+def test_a_least_number_of_tokens_may_be_one_for_each_prompt(model):
+    prompts, options = [[5, 9]] * 6, {"max_new_tokens": 12, "seed": list(range(6))}
+    plain = sample(model, prompts, **options)
+    found = sample(model, prompts, min_new_tokens=[0, 0, 0, 12, 12, 12], **options)
+    assert [one.ids for one in found[:3]] == [one.ids for one in plain[:3]]
+    assert all(len(one.ids) == 12 for one in found[3:])
+    (failed,) = sample(model, prompts[:1], min_new_tokens=[-1], max_new_tokens=3)
+    assert "Prompt 0 has min_new_tokens -1" in failed.error
