@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from realjax.core.arrays import Array, Float, Int, PyTree, Shaped
+from realjax.models import quantized
 from realjax.models.axes import OF_ROWS, PAGE_SCALES, PAGES
 from realjax.models.config import ModelConfig
 from realjax.models.partition import WHOLE, Partition
@@ -31,7 +32,6 @@ from realjax.models.partition import WHOLE, Partition
 DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 """Types of a pool; those of 8 bits have scales."""
 
-_LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 _SCALE_DTYPE = jnp.dtype(jnp.float32)
 
 
@@ -81,7 +81,7 @@ def empty(
     stack = lambda: partition.constrain(
         jnp.zeros((*shape, config.head_dim), stored), PAGES
     )
-    if dtype.name not in _LARGEST:
+    if dtype.name not in quantized.DTYPES:
         return Pool(stack(), stack())
     scales = lambda: partition.constrain(jnp.zeros(shape, _SCALE_DTYPE), PAGE_SCALES)
     return Pool(stack(), stack(), scales(), scales())
@@ -96,7 +96,7 @@ def page_bytes(
     """Count the bytes of one page of `empty`, over all devices that have a part."""
     dtype = _checked(dtype)
     of_head = config.head_dim * dtype.itemsize
-    if dtype.name in _LARGEST:
+    if dtype.name in quantized.DTYPES:
         of_head += _SCALE_DTYPE.itemsize
     heads = partition.num_kv_heads(config.num_kv_heads)
     return 2 * config.num_layers * heads * page_size * of_head
@@ -214,11 +214,7 @@ def _checked(dtype: DTypeLike) -> jnp.dtype:
 def _quantized(
     x: Float[Array, "B T N K"], stored: jnp.dtype
 ) -> tuple[Array, Float[Array, "B T N"]]:
-    """Return x / scale in 8 bits, and the scale, max |x| / the largest number."""
-    dtype = jnp.dtype(jnp.float8_e4m3fn if stored == jnp.uint8 else stored)
-    x = x.astype(jnp.float32)
-    scales = jnp.abs(x).max(axis=-1) / _LARGEST[dtype.name]
-    scaled = x / jnp.where(scales > 0, scales, 1.0)[..., None]
-    if dtype == jnp.int8:
-        return jnp.round(scaled).astype(dtype), scales
-    return jax.lax.bitcast_convert_type(scaled.astype(dtype), stored), scales
+    """Return what is stored of x, and a scale for each token and head."""
+    name = "float8_e4m3fn" if stored == jnp.uint8 else "int8"
+    found = quantized.in_eight_bits(x, name, (x.ndim - 1,))
+    return found.values, found.scale
