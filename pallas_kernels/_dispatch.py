@@ -9,8 +9,10 @@ the operation's own with shapes, types and the device, and says why it cannot se
 or why it would rather not; the first that says neither is chosen.
 """
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,39 +24,69 @@ class Device:
 
     Attributes:
         platform: "cpu" or "gpu".
+        kind: as the driver calls it, "NVIDIA H200"; None where it is not known.
         compute_capability: of an NVIDIA GPU, as (9, 0); None where it is not known.
         is_present: whether this process has such a device; it has none when it compiles
             ahead of time for another machine.
     """
 
     platform: str
+    kind: str | None = None
     compute_capability: tuple[int, int] | None = None
     is_present: bool = True
 
 
+H200 = Device(
+    platform="gpu", kind="NVIDIA H200", compute_capability=(9, 0), is_present=False
+)
+
+_assumed: contextvars.ContextVar[Device | None] = contextvars.ContextVar(
+    "assumed", default=None
+)
+
+
+@contextlib.contextmanager
+def assuming(device: Device) -> Iterator[None]:
+    """Let every choice in this block be the one for a device, for tests.
+
+    JAX does not know of it: a function that was traced outside is not traced anew.
+    """
+    token = _assumed.set(device)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
 def device() -> Device:
     """Describe the device that the code around is traced for."""
+    if (assumed := _assumed.get()) is not None:
+        return assumed
     described = jax.sharding.get_abstract_mesh().abstract_device
     here = jax.devices()[0]
-    if described is None:
-        return Device(
-            platform=here.platform, compute_capability=_compute_capability(here)
-        )
+    # Ahead of time, the default device is the described one.
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    is_described = described is not None and (described.device_kind != here.device_kind)
+    if not is_described:
+        return _of(here, is_present=True)
+    if getattr(default, "device_kind", None) == described.device_kind:
+        return _of(default, is_present=False)
     platform = "gpu" if described.platform == "cuda" else described.platform
-    is_present = platform == here.platform
+    return Device(platform=platform, kind=described.device_kind, is_present=False)
+
+
+def _of(device: Any, *, is_present: bool) -> Device:
+    version, capability = getattr(device, "compute_capability", None), None
+    if isinstance(version, str):
+        major, minor = version.split(".")
+        capability = int(major), int(minor)
+    platform = "gpu" if device.platform == "cuda" else device.platform
     return Device(
         platform=platform,
-        compute_capability=_compute_capability(here) if is_present else None,
+        kind=device.device_kind,
+        compute_capability=capability,
         is_present=is_present,
     )
-
-
-def _compute_capability(device: Any) -> tuple[int, int] | None:
-    version = getattr(device, "compute_capability", None)
-    if not isinstance(version, str):
-        return None
-    major, minor = version.split(".")
-    return int(major), int(minor)
 
 
 def _nothing(request: Any) -> str | None:
