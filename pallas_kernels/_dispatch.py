@@ -62,17 +62,18 @@ def device() -> Device:
     """Describe the device that the code around is traced for."""
     if (assumed := _assumed.get()) is not None:
         return assumed
-    described = jax.sharding.get_abstract_mesh().abstract_device
     here = jax.devices()[0]
-    # Ahead of time, the default device is the described one.
-    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    is_described = described is not None and (described.device_kind != here.device_kind)
-    if not is_described:
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is None or described.device_kind == here.device_kind:
         return _of(here, is_present=True)
+    # Ahead of time, the default device is the described one, which says more.
+    config: Any = jax.config
+    default = config.jax_default_device
     if getattr(default, "device_kind", None) == described.device_kind:
         return _of(default, is_present=False)
-    platform = "gpu" if described.platform == "cuda" else described.platform
-    return Device(platform=platform, kind=described.device_kind, is_present=False)
+    return Device(
+        platform=_platform(described), kind=described.device_kind, is_present=False
+    )
 
 
 def _of(device: Any, *, is_present: bool) -> Device:
@@ -80,13 +81,16 @@ def _of(device: Any, *, is_present: bool) -> Device:
     if isinstance(version, str):
         major, minor = version.split(".")
         capability = int(major), int(minor)
-    platform = "gpu" if device.platform == "cuda" else device.platform
     return Device(
-        platform=platform,
+        platform=_platform(device),
         kind=device.device_kind,
         compute_capability=capability,
         is_present=is_present,
     )
+
+
+def _platform(device: Any) -> str:
+    return "gpu" if device.platform == "cuda" else device.platform
 
 
 def _nothing(request: Any) -> str | None:

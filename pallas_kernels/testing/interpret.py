@@ -18,10 +18,12 @@ from typing import Any
 import jax
 
 # The state of the interpreter has no public name in jax 0.11.2.
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as _gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
+
+_callbacks: Any = _gpu_callbacks
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -61,7 +63,7 @@ def interpreted(
             # What was launched and not awaited is still being interpreted.
             jax.effects_barrier()
         except BaseException:
-            gpu_callbacks.reset_gpu_interpret_mode_state()
+            _callbacks.reset_gpu_interpret_mode_state()
             raise
         finally:
             checks.num_kernels = len(found)
@@ -71,14 +73,14 @@ def interpreted(
 @contextlib.contextmanager
 def _recorded(found: list[Any]) -> Iterator[None]:
     """Keep what is known of the races of each kernel: the next one starts anew."""
-    make = gpu_callbacks.GPURaceDetectionState
+    make = _callbacks.GPURaceDetectionState
 
     def record(*args: Any, **kwargs: Any) -> Any:
         found.append(make(*args, **kwargs))
         return found[-1]
 
-    gpu_callbacks.GPURaceDetectionState = record
+    _callbacks.GPURaceDetectionState = record
     try:
         yield
     finally:
-        gpu_callbacks.GPURaceDetectionState = make
+        _callbacks.GPURaceDetectionState = make

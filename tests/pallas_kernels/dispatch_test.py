@@ -62,7 +62,7 @@ def test_where_none_can_all_reasons_are_said():
 
 
 def test_the_device_is_that_of_this_process():
-    assert _dispatch.device() == Device(platform="cpu")
+    assert _dispatch.device() == Device(platform="cpu", kind="cpu")
 
 
 def test_a_described_device_is_another_one_than_that_of_this_process():
@@ -73,4 +73,6 @@ def test_a_described_device_is_another_one_than_that_of_this_process():
         (1,), ("data",), (jax.sharding.AxisType.Auto,), abstract_device=described
     )
     with jax.sharding.use_abstract_mesh(mesh):
-        assert _dispatch.device() == Device(platform="gpu", is_present=False)
+        assert _dispatch.device() == Device(
+            platform="gpu", kind="NVIDIA H200", is_present=False
+        )
