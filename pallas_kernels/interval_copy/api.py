@@ -1,6 +1,5 @@
 """Pack and unpack, and the choice of an implementation."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,27 +8,14 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels import _dispatch
-from pallas_kernels.interval_copy import slices
+from pallas_kernels.interval_copy import mosaic, slices
 from pallas_kernels.interval_copy.blocks import Block, Index, packed_dtype
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the choice of an implementation looks at.
-
-    Attributes:
-        sizes: of the blocks.
-        source_dtypes: of the inputs.
-        dtype: of the result.
-        is_mixed: the result is an average with what was there.
-        device: what the program is for.
-    """
-
-    sizes: tuple[tuple[int, ...], ...]
-    source_dtypes: tuple[str, ...]
-    dtype: str
-    is_mixed: bool
-    device: _dispatch.Device
+from pallas_kernels.interval_copy.plans import Plan, plan_of
+from pallas_kernels.interval_copy.requests import (
+    packing,
+    request_of,
+    unpacking,
+)
 
 
 def pack(
@@ -51,16 +37,20 @@ def pack(
         arrays: what the blocks are of.
         blocks: in the order of the buffer.
         dtype: of the buffer; None takes that of the arrays.
-        implementation: "slices"; None chooses.
+        implementation: "mosaic" or "slices"; None chooses, see `explain_pack`.
 
     Raises:
         ValueError: arrays of several types and no `dtype`, or no implementation has
             that name.
     """
     buffer_dtype = packed_dtype([arrays[block.input] for block in blocks], dtype)
-    request = _request(arrays, blocks, buffer_dtype, is_mixed=False)
+    pairs, shape = packing(blocks)
+    buffer = jax.ShapeDtypeStruct(shape, buffer_dtype)
+    request = request_of(arrays, [buffer], pairs, is_mixed=False)
     choice = _dispatch.choose("pack", _PACK, request, name=implementation)
-    return choice.function(arrays, blocks, buffer_dtype)
+    if choice.name == "slices":
+        return slices.pack(arrays, blocks, buffer_dtype)
+    return choice.function(arrays, [jax.lax.empty(shape, buffer_dtype)], request)[0]
 
 
 def unpack(
@@ -94,7 +84,7 @@ def unpack(
         dtype: of the result; blocks are cast to it.
         into: what the result is where no block lies.
         eta: the weight of the blocks; None copies them.
-        implementation: "slices"; None chooses.
+        implementation: "mosaic" or "slices"; None chooses, see `explain_unpack`.
 
     Raises:
         ValueError: a weight and nothing to average with, or no implementation has that
@@ -105,24 +95,154 @@ def unpack(
             "Found a weight and no array to average with. Give `into`, or leave `eta`"
             " out to copy the blocks."
         )
-    request = _request(inputs, blocks, dtype, is_mixed=eta is not None)
+    whole = jax.ShapeDtypeStruct(shape, dtype)
+    pairs = unpacking(blocks, places)
+    request = request_of(inputs, [whole], pairs, is_mixed=eta is not None)
     choice = _dispatch.choose("unpack", _UNPACK, request, name=implementation)
-    return choice.function(
-        inputs, blocks, places, shape=shape, dtype=np.dtype(dtype), into=into, eta=eta
-    )
+    if choice.name == "slices":
+        return slices.unpack(
+            inputs,
+            blocks,
+            places,
+            shape=shape,
+            dtype=np.dtype(dtype),
+            into=into,
+            eta=eta,
+        )
+    written = jax.lax.empty(shape, dtype) if into is None else into
+    return choice.function(inputs, [written], request, eta=eta)[0]
 
 
-def _request(
-    inputs: Sequence[jax.Array], blocks: Sequence[Block], dtype: Any, *, is_mixed: bool
-) -> Request:
-    return Request(
-        sizes=tuple(block.size for block in blocks),
-        source_dtypes=tuple(array.dtype.name for array in inputs),
-        dtype=np.dtype(dtype).name,
-        is_mixed=is_mixed,
-        device=_dispatch.device(),
-    )
+def plan_copy(
+    sources: Sequence[Any],
+    targets: Sequence[Any],
+    pairs: Sequence[tuple[Block, Block]],
+    *,
+    granule: int | None = None,
+    num_rows: int | None = None,
+) -> Plan:
+    """Write down what `copy` shall copy, as data.
+
+    Plans between arrays of equal shapes serve one compiled program where granule,
+    number of rows and the pairs of arrays are the same.
+
+    Args:
+        sources: the arrays that are read, or `jax.ShapeDtypeStruct`s.
+        targets: the arrays that are written, likewise.
+        pairs: a block of a source, and the block of a target that it goes to.
+        granule: elements that are moved at once, a power of two, 128 or more; None
+            takes the most that this plan allows.
+        num_rows: of each table, at least as many as there are blocks; None takes so
+            many.
+
+    Raises:
+        ValueError: the kernel cannot copy so, or the granule does not divide all
+            blocks, places and arrays.
+    """
+    request = request_of(sources, targets, pairs, is_mixed=False)
+    if reason := mosaic.unsupported_shapes(request):
+        raise ValueError(f"No plan for these blocks: {reason}.")
+    most = mosaic.largest_granule(request)
+    if granule is not None and (granule % mosaic.THREADS or most % granule):
+        raise ValueError(
+            f"Granules of {granule} elements do not fit: blocks, their places and"
+            f" arrays are multiples of {most}. Give a power of two from"
+            f" {mosaic.THREADS} to that, or None."
+        )
+    return plan_of(request.rows, granule or most, num_rows=num_rows)
 
 
-_PACK = (_dispatch.Implementation(name="slices", function=slices.pack),)
-_UNPACK = (_dispatch.Implementation(name="slices", function=slices.unpack),)
+def copy(
+    sources: Sequence[Shaped[Array, "..."]],
+    targets: Sequence[Shaped[Array, "..."]],
+    plan: Plan,
+    *,
+    eta: Float[Array, ""] | float | None = None,
+) -> list[Shaped[Array, "..."]]:
+    """Copy blocks of sources to blocks of targets by a plan that is data.
+
+        target[there] = source[here]
+        target[there] = eta source[here] + (1 - eta) target[there]
+
+    There is one implementation, "mosaic".
+
+    Args:
+        sources: what is read, of the shapes that the plan was made for.
+        targets: what is written, in place where the caller donates them; no two blocks
+            may overlap there.
+        plan: from `plan_copy`.
+        eta: the weight of what is read; None copies it.
+
+    Returns:
+        The targets as they are then.
+
+    Raises:
+        ValueError: this device or these types cannot be served.
+    """
+    request = request_of(sources, targets, [], is_mixed=eta is not None)
+    if reason := mosaic.unsupported_types(request):
+        raise ValueError(f"copy cannot run as 'mosaic': {reason}.")
+    return mosaic.copy(sources, targets, plan, request, eta=eta)
+
+
+def explain_pack(
+    arrays: Sequence[Any],
+    blocks: Sequence[Block],
+    *,
+    dtype: Any = None,
+    device: _dispatch.Device | None = None,
+    implementation: str | None = None,
+) -> str:
+    """Say how `pack` would run, and why not otherwise.
+
+    Args:
+        arrays: as for `pack`, or `jax.ShapeDtypeStruct`s.
+        blocks: as for `pack`.
+        dtype: as for `pack`.
+        device: the one to copy on; None is the one of this process.
+        implementation: as for `pack`.
+    """
+    buffer_dtype = packed_dtype([arrays[block.input] for block in blocks], dtype)
+    pairs, shape = packing(blocks)
+    buffer = jax.ShapeDtypeStruct(shape, buffer_dtype)
+    request = request_of(arrays, [buffer], pairs, is_mixed=False, device=device)
+    return _dispatch.choose("pack", _PACK, request, name=implementation).explanation
+
+
+def explain_unpack(
+    inputs: Sequence[Any],
+    blocks: Sequence[Block],
+    places: Sequence[tuple[Index, ...]],
+    *,
+    shape: tuple[int, ...],
+    dtype: Any,
+    is_mixed: bool = False,
+    device: _dispatch.Device | None = None,
+    implementation: str | None = None,
+) -> str:
+    """Say how `unpack` would run, and why not otherwise.
+
+    Args:
+        inputs: as for `unpack`, or `jax.ShapeDtypeStruct`s.
+        blocks: as for `unpack`.
+        places: as for `unpack`.
+        shape: as for `unpack`.
+        dtype: as for `unpack`.
+        is_mixed: there is a weight.
+        device: the one to copy on; None is the one of this process.
+        implementation: as for `unpack`.
+    """
+    whole = jax.ShapeDtypeStruct(shape, dtype)
+    pairs = unpacking(blocks, places)
+    request = request_of(inputs, [whole], pairs, is_mixed=is_mixed, device=device)
+    return _dispatch.choose("unpack", _UNPACK, request, name=implementation).explanation
+
+
+_MOSAIC = _dispatch.Implementation(
+    name="mosaic",
+    function=mosaic.run,
+    unsupported=mosaic.unsupported,
+    unwise=mosaic.unwise,
+)
+_PACK = (_MOSAIC, _dispatch.Implementation(name="slices", function=slices.pack))
+_UNPACK = (_MOSAIC, _dispatch.Implementation(name="slices", function=slices.unpack))

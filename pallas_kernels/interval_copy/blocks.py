@@ -8,7 +8,29 @@ from typing import Any
 import jax
 import numpy as np
 
-Index = int | np.integer | jax.Array
+
+@dataclasses.dataclass(frozen=True)
+class Aligned:
+    """A position that is known only when the program runs, and what divides it.
+
+    Wide accesses of memory need that a block begins at a multiple of some number. The
+    one who made the table of positions knows; the program that reads it does not.
+
+    Attributes:
+        value: The position.
+        multiple: It is a multiple of this number; nothing checks.
+    """
+
+    value: jax.Array
+    multiple: int
+
+    def __add__(self, other: "Aligned") -> "Aligned":
+        """Return the sum, and what divides both."""
+        multiple = math.gcd(self.multiple, other.multiple)
+        return Aligned(self.value + other.value, multiple)
+
+
+Index = int | np.integer | jax.Array | Aligned
 """A position, known when the program is made or only when it runs."""
 
 
@@ -42,6 +64,13 @@ def static_start(start: Sequence[Index]) -> tuple[int, ...] | None:
     """Return a start that is known when the program is made, None for any other."""
     known = [int(at) for at in start if isinstance(at, int | np.integer)]
     return tuple(known) if len(known) == len(start) else None
+
+
+def divisor_of(index: Index) -> int:
+    """Return what a position is a multiple of, 0 for the position 0."""
+    if isinstance(index, Aligned):
+        return index.multiple
+    return int(index) if isinstance(index, int | np.integer) else 1
 
 
 def packed_dtype(arrays: Sequence[jax.Array], dtype: Any) -> np.dtype:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.interval_copy.blocks import Block
+from pallas_kernels.interval_copy.blocks import Aligned, Block
 
 
 def pack(arrays: Sequence[np.ndarray], blocks: Sequence[Block], dtype: Any) -> Any:
@@ -48,6 +48,9 @@ def _block(arrays: Sequence[np.ndarray], block: Block) -> np.ndarray:
     if block.offset is not None:
         stop = block.offset + math.prod(block.size)
         return array[block.offset : stop].reshape(block.size)
-    start = map(int, block.start or (0,) * len(block.size))
+    start = [
+        int(at.value if isinstance(at, Aligned) else at)
+        for at in block.start or (0,) * len(block.size)
+    ]
     corner = zip(start, block.size, strict=True)
     return array[tuple(slice(low, low + size) for low, size in corner)]

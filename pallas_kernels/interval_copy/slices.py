@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.interval_copy.blocks import Block, Index, static_start
+from pallas_kernels.interval_copy.blocks import Aligned, Block, Index, static_start
 
 
 def pack(arrays: Sequence[jax.Array], blocks: Sequence[Block], dtype: Any) -> jax.Array:
@@ -98,7 +98,8 @@ def _joined(
 
 
 def _as32(start: Sequence[Index]) -> list[jax.Array | np.int32]:
+    plain = [index.value if isinstance(index, Aligned) else index for index in start]
     return [
         np.int32(index) if isinstance(index, int | np.integer) else index
-        for index in start
+        for index in plain
     ]
