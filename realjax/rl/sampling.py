@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.linear_logprob import is_kept, kept_logits, scaled_logits
+from pallas_kernels import sampling as kernels
+from pallas_kernels.linear_logprob import is_kept, kept_logits
+from pallas_kernels.sampling import LARGEST_ID_SET, Draw
 from realjax.core.arrays import Array, Bool, Float, Int, Key, UInt
-from realjax.rl.sampling_sets import fewest, most_likely, pack
 
 __all__ = [
     "Draw",
@@ -35,11 +36,6 @@ __all__ = [
 ]
 
 Kept = Int[Array, "*dims C"] | UInt[Array, "*dims C"]
-
-# Sets of more ids than this are kept as bits.
-LARGEST_ID_SET = 256
-# A draw picks a block of this many tokens first, then one of its tokens.
-BLOCK_SIZE = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,23 +113,6 @@ class History(NamedTuple):
     in_completion: Bool[Array, "B V"] | None = None
 
 
-class Draw(NamedTuple):
-    """One token per row, and the distribution it was drawn from.
-
-    Attributes:
-        tokens: their ids.
-        logprobs: of the tokens in that distribution. Greedy tokens count as drawn from
-            the unfiltered one.
-        entropy: of that distribution, in nats.
-        kept: the tokens it is over, in the form `kept_width` tells.
-    """
-
-    tokens: Int[Array, "B"]
-    logprobs: Float[Array, "B"]
-    entropy: Float[Array, "B"]
-    kept: Kept | None
-
-
 def kept_width(sampling: Sampling, vocab_size: int) -> tuple[str, int] | None:
     """Return the form of the sets `sample` records, and the width of one.
 
@@ -176,24 +155,25 @@ def sample(
     """
     form = kept_width(sampling, logits.shape[-1])
     logits = _penalized(logits.astype(jnp.float32), sampling, history or History())
-    if forbidden is not None:
-        if form is None:
-            raise ValueError(
-                "Tokens are forbidden, but min_new_tokens is 0 and there are no"
-                " bad_words, so no kept tokens are recorded: set min_new_tokens or"
-                " bad_words."
-            )
-        logits = jnp.where(forbidden, -jnp.inf, logits)
-    logits = scaled_logits(logits, sampling.temperature)  # Greedy: 1.
+    if forbidden is not None and form is None:
+        raise ValueError(
+            "Tokens are forbidden, but min_new_tokens is 0 and there are no bad_words,"
+            " so no kept tokens are recorded: set min_new_tokens or bad_words."
+        )
+    kept = None if form is None else form[0]
     if sampling.greedy:
-        kept = None if form is None else _unfiltered_bits(logits, forbidden)
-        return Draw(*_greedy(logits), kept)
-    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-    if form is None:
-        return Draw(*_draw(*_exponentials(logits), uniforms), None)
-    if form[0] == "ids":
-        return _sample_ids(logits, uniforms, sampling)
-    return _sample_bits(logits, uniforms, sampling, forbidden)
+        return kernels.greedy(logits, forbidden=forbidden, kept=kept)
+    return kernels.sample(
+        logits,
+        jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        union=sampling.union,
+        forbidden=forbidden,
+        kept=kept,
+    )
 
 
 def bad_word_tokens(
@@ -335,122 +315,3 @@ def _history(penalty: str, history: History, name: str) -> Bool[Array, "B V"]:
             " each row has so far."
         )
     return seen
-
-
-def _exponentials(logits):
-    """Return the logits below the highest of their row, and their exponentials."""
-    below = logits - jnp.max(logits, axis=-1, keepdims=True)
-    return below, jnp.exp(below)
-
-
-def _greedy(logits):
-    below, weights = _exponentials(logits)
-    # The first of the most likely; several times faster than argmax on a CPU.
-    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
-    tokens = jnp.min(jnp.where(below == 0, ids, logits.shape[-1] - 1), axis=-1)
-    log_total, entropy = _moments(below, weights)
-    return tokens, -log_total, entropy
-
-
-def _sample_ids(logits, uniforms, sampling: Sampling) -> Draw:
-    """Draw from at most `LARGEST_ID_SET` tokens."""
-    highest, ids = most_likely(logits, sampling.top_k)
-    below, weights = _exponentials(highest)
-    keep = (weights > 0) & (weights >= sampling.min_p)
-    if sampling.top_p < 1:
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        if sampling.union:
-            total = jnp.sum(jnp.exp(logits - highest[:, :1]), axis=-1, keepdims=True)
-        # The tokens are in order: keep those with less than top_p before them.
-        before = jnp.cumsum(weights, axis=-1) - weights
-        keep &= before < sampling.top_p * total
-    weights = jnp.where(keep, weights, 0.0)
-    places = _inverse_cdf(weights, uniforms[:, 0])
-    log_total, entropy = _moments(below, weights)
-    return Draw(
-        tokens=_take(ids, places),
-        logprobs=_take(below, places) - log_total,
-        entropy=entropy,
-        kept=jnp.where(keep, ids, -1),
-    )
-
-
-def _sample_bits(logits, uniforms, sampling: Sampling, forbidden) -> Draw:
-    """Draw from a set of any size."""
-    below, weights = _exponentials(logits)
-    top_k = _top_k(sampling, logits.shape[-1])
-    if not (top_k or _has_top_p(sampling) or _has_min_p(sampling)):
-        return Draw(
-            *_draw(below, weights, uniforms), _unfiltered_bits(logits, forbidden)
-        )
-    kept = weights
-    if top_k:
-        counts = (weights > 0).astype(jnp.float32)
-        enough = jnp.minimum(top_k, jnp.sum(counts, axis=-1))
-        kept = jnp.where(fewest(weights, counts, enough), weights, 0.0)
-    if _has_top_p(sampling):
-        mass = weights if sampling.union else kept
-        enough = sampling.top_p * jnp.sum(mass, axis=-1)
-        kept = jnp.where(fewest(mass, mass, enough), kept, 0.0)
-    if _has_min_p(sampling):
-        kept = jnp.where(weights >= sampling.min_p, kept, 0.0)
-    return Draw(*_draw(below, kept, uniforms), pack(kept > 0))
-
-
-def _unfiltered_bits(logits, forbidden):
-    """Return sets of all tokens but the forbidden; empty ones if there are none."""
-    if forbidden is not None:
-        return pack(~forbidden)
-    num_rows, vocab_size = logits.shape
-    return jnp.zeros((num_rows, -(-vocab_size // 32)), jnp.uint32)
-
-
-def _draw(below, weights, uniforms):
-    """Draw in proportion to the weights: a block of tokens, then one of them.
-
-    Two uniform numbers give rare tokens their exact share: one alone has steps of 1e-7,
-    more than the probability of many tokens of a large vocabulary.
-    """
-    blocks = _blocks(weights)
-    block = _inverse_cdf(jnp.sum(blocks, axis=-1), uniforms[:, 0])
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    tokens = block * BLOCK_SIZE + _inverse_cdf(inside, uniforms[:, 1])
-    log_total, entropy = _moments(below, weights)
-    return tokens, _take(below, tokens) - log_total, entropy
-
-
-def _moments(below, weights):
-    """Return the log of the summed weights, and the entropy of their distribution.
-
-    With w the exponentials of `below`, or 0, and Z their sum, the entropy is
-    log Z - sum(w · below) / Z.
-    """
-    total = _sum(weights)
-    mean = _sum(jnp.where(weights > 0, weights * below, 0.0)) / total
-    return jnp.log(total), jnp.log(total) - mean
-
-
-def _sum(x):
-    """Sum over the vocabulary by blocks, which rounds less than one running sum."""
-    return jnp.sum(jnp.sum(_blocks(x), axis=-1), axis=-1)
-
-
-def _blocks(x):
-    num_rows, vocab_size = x.shape
-    padded = jnp.pad(x, ((0, 0), (0, -vocab_size % BLOCK_SIZE)))
-    return padded.reshape(num_rows, -1, BLOCK_SIZE)
-
-
-def _inverse_cdf(weights, uniforms):
-    """Return the first place where the summed weights pass a share of their total."""
-    sums = jnp.cumsum(weights, axis=-1)
-    places = jnp.arange(weights.shape[-1], dtype=jnp.int32)[None, :]
-    # Rounded sums may rise at a weight of 0, or end below the share.
-    passes = (sums > uniforms[:, None] * sums[:, -1:]) & (weights > 0)
-    first = jnp.min(jnp.where(passes, places, weights.shape[-1]), axis=-1)
-    last = jnp.max(jnp.where(weights > 0, places, 0), axis=-1)
-    return jnp.minimum(first, last)
-
-
-def _take(x, places):
-    return jnp.take_along_axis(x, places[:, None], axis=-1)[:, 0]

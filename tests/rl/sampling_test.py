@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.sampling.bisection import inverse_cdf
 from realjax.rl import sampling
 from realjax.rl.sampling import History, Sampling
 from tests.rl.exact_sampling import entropies, probabilities
@@ -348,7 +349,7 @@ def test_bits_take_an_eighth_of_the_bytes_of_a_mask():
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-24])
 def test_draw_never_lands_on_a_weight_of_zero(uniform):
     weights = jnp.array([[0.0, 0.0, 1e-30, 0.3, 0.0, 0.7, 0.0], [0, 0, 0, 5, 0, 0, 0]])
-    places = sampling._inverse_cdf(weights, jnp.full((2,), uniform, jnp.float32))
+    places = inverse_cdf(weights, jnp.full((2,), uniform, jnp.float32))
     assert np.all(weights[np.arange(2), places] > 0)
     np.testing.assert_array_equal(places[1], 3)
 
@@ -363,7 +364,7 @@ def test_draw_never_lands_on_a_weight_of_zero_where_rounded_sums_rise_there():
     rises = (np.diff(sums, axis=-1) > 0) & (weights[:, 1:] == 0)
     rows, places = np.nonzero(rises)
     uniforms = sums[rows, places] / sums[rows, -1]
-    found = jax.jit(sampling._inverse_cdf)(weights[rows], uniforms)
+    found = jax.jit(inverse_cdf)(weights[rows], uniforms)
     assert np.all(weights[rows, found] > 0)
 
 

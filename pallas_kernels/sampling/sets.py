@@ -16,15 +16,16 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from pallas_kernels._dispatch import device
-from realjax.core.arrays import Array, Bool, Float, Int, UInt
-
-__all__ = ["fewest", "most_likely", "pack"]
 
 Implementation = Literal["direct", "blocks"]
 
 ONE_BITS = 0x3F800000  # Of 1.0, as float32.
+# Parts that a pass of `fewest` cuts the range of weights into, outside of a CPU: each
+# pass reads the vocabulary from memory, whatever it counts.
+PARTS = 8
 # On a CPU both ways take the same time at 8k tokens for 16 rows, at 128k for one.
 LARGEST_DIRECT_CPU = 2**15
 
@@ -33,12 +34,14 @@ def fewest(
     weights: Float[Array, "B V"],
     amounts: Float[Array, "B V"],
     enough: Float[Array, "B"],
+    *,
+    parts: int | None = None,
 ) -> Bool[Array, "B V"]:
     """Mark the fewest tokens, largest weights first, whose amounts reach `enough`.
 
-    Instead of sorting, bisects for the smallest weight to keep: in 30 steps over the
-    bit patterns of float32, which order numbers in [0, 1] as integers. Of several
-    tokens of that weight the lower ids are kept.
+    Instead of sorting, searches for the smallest weight to keep, over the bit patterns
+    of float32, which order numbers in [0, 1] as integers: 30 bits, one or several of
+    them a pass. Of several tokens of that weight the lower ids are kept.
 
     Source: the idea of sort-free sampling in FlashInfer, https://flashinfer.ai.
 
@@ -46,20 +49,32 @@ def fewest(
         weights: in [0, 1]; tokens of weight 0 are never marked.
         amounts: what a token adds; the same for tokens of the same weight.
         enough: per row.
+        parts: of equal width that a pass tells apart. None halves on a CPU, where
+            comparisons cost more than reading (64 rows of 32k: 32 ms by halves, 55 ms
+            by quarters), and takes `PARTS` elsewhere.
     """
+    if parts is None:
+        parts = 2 if device().platform == "cpu" else PARTS
     patterns = jax.lax.bitcast_convert_type(weights, jnp.int32)
 
-    def halve(_, bounds):
+    def narrow(_, bounds):
         low, high = bounds
-        middle = (low + high) // 2
-        reached = jnp.sum(jnp.where(patterns >= middle[:, None], amounts, 0.0), axis=-1)
-        is_enough = reached >= enough
-        return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
+        width, rest = jnp.divmod(high - low, parts)
+        new_low, new_high = low, high
+        for part in range(1, parts):
+            pivot = low + width * part + rest * part // parts
+            above = jnp.where(patterns >= pivot[:, None], amounts, 0.0)
+            # Pivots of a narrow range may stand at its beginning.
+            is_enough = (jnp.sum(above, axis=-1) >= enough) | (pivot <= low)
+            new_low = jnp.where(is_enough, jnp.maximum(new_low, pivot), new_low)
+            new_high = jnp.where(is_enough, new_high, jnp.minimum(new_high, pivot))
+        return new_low, new_high
 
     # Keeping the patterns from `low` on is enough; from `high` on it is not.
     low = jnp.zeros(enough.shape, jnp.int32)
     high = jnp.full(enough.shape, ONE_BITS + 1, jnp.int32)
-    low, _ = jax.lax.fori_loop(0, 30, halve, (low, high))
+    num_passes = math.ceil(30 / math.log2(parts))
+    low, _ = jax.lax.fori_loop(0, num_passes, narrow, (low, high))
     above, ties = patterns > low[:, None], patterns == low[:, None]
     missing = enough - jnp.sum(jnp.where(above, amounts, 0.0), axis=-1)
     each = jnp.max(jnp.where(ties, amounts, 0.0), axis=-1)

@@ -1,4 +1,4 @@
-"""Tests of `realjax/rl/sampling_sets.py`."""
+"""Tests of `pallas_kernels/sampling/sets.py`."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels._dispatch import Device
 from pallas_kernels.linear_logprob import is_kept
-from realjax.rl import sampling_sets
-from realjax.rl.sampling_sets import fewest, most_likely, pack
+from pallas_kernels.sampling import sets
+from pallas_kernels.sampling.sets import fewest, most_likely, pack
 
 IMPLEMENTATIONS = ("direct", "blocks")
 
@@ -92,7 +92,7 @@ def test_blocks_sort_only_what_they_return(implementation, width):
 def test_only_a_cpu_sorts_and_only_a_small_vocabulary(
     platform, vocab_size, width, monkeypatch
 ):
-    monkeypatch.setattr(sampling_sets, "device", lambda: Device(platform=platform))
+    monkeypatch.setattr(sets, "device", lambda: Device(platform=platform))
     program = jax.make_jaxpr(lambda x: most_likely(x, 30))(jnp.zeros((2, vocab_size)))
     assert sorted_widths(program.jaxpr) == [width]
 
@@ -104,6 +104,18 @@ def test_fewest_reach_a_sum_with_the_largest_weights_first():
     found = fewest(weights, weights, jnp.array([0.8, 0.5]))
     expected = [[True, True, False, True, False], [False, True, False, False, False]]
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("parts", [3, 4, 8])
+def test_fewest_are_the_same_however_many_parts_a_pass_tells_apart(parts):
+    weights = jnp.exp(random_logits() - 12)
+    weights = jnp.concatenate([weights, jnp.round(weights, 1), jnp.ones((1, 1003))])
+    weights = jnp.minimum(weights, 1.0)
+    for share in (0.01, 0.6, 1.0):
+        enough = share * jnp.sum(weights, axis=-1)
+        expected = fewest(weights, weights, enough, parts=2)
+        found = fewest(weights, weights, enough, parts=parts)
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_fewest_never_mark_a_weight_of_zero():
