@@ -1,6 +1,7 @@
 """The attention functions models call, and the choice of an implementation.
 
 cudnn      on GPU, where each row is one segment and nothing is exotic
+tokamax    on Hopper, if it is installed: packed rows
 dense      all scores of a row at once: short rows
 blocked    scores of a block at a time: everything else
 """
@@ -13,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _dispatch
-from pallas_kernels.attention import blocked, cudnn, reference
+from pallas_kernels.attention import blocked, cudnn, reference, tokamax
 
 # Longer rows are attended block by block: the scores of a dense row take 4 H T² bytes,
 # forward and again backward. So are many rows, over all devices, with scores of 4 GiB.
@@ -80,7 +81,9 @@ def attention(
         scale: of the scores; may be traced. None is K**-0.5. A constant to gradients.
         is_packed: False promises that each row is one segment and then padding, which
             cuDNN can attend. Rows that break the promise may return NaN.
-        implementation: "cudnn", "dense" or "blocked"; None chooses, see `explain`.
+        implementation: "cudnn", "tokamax", "dense" or "blocked"; None chooses, see
+            `explain`. The first two are kernels: on several devices call this inside
+            `jax.shard_map`.
 
     Returns:
         One vector per token and query head, in the query's dtype.
@@ -104,6 +107,14 @@ def attention(
     if choice.name == "cudnn":
         return choice.function(
             query, key, value, segment_ids=segment_ids, window=window, scale=scale
+        )
+    if choice.name == "tokamax":
+        return choice.function(
+            *(query, key, value),
+            segment_ids=segment_ids,
+            window=window,
+            soft_cap=soft_cap,
+            scale=scale,
         )
     places = jnp.arange(query.shape[1], dtype=jnp.int32)
     visibility = reference.Visibility(
@@ -209,6 +220,16 @@ def _cudnn_unsupported(request: Request) -> str | None:
     )
 
 
+def _tokamax_unsupported(request: Request) -> str | None:
+    return tokamax.unsupported(
+        head_dim=request.query_shape[3],
+        dtype=jnp.dtype(request.dtype),
+        causal=request.causal,
+        is_scale_known=request.scale != TRACED,
+        device=request.device,
+    )
+
+
 def _dense_unwise(request: Request) -> str | None:
     num_rows, num_tokens, num_heads, _ = request.query_shape
     if num_tokens > LONGEST_DENSE_ROW:
@@ -222,6 +243,9 @@ def _dense_unwise(request: Request) -> str | None:
 _IMPLEMENTATIONS = (
     _dispatch.Implementation(
         name="cudnn", function=cudnn.attend, unsupported=_cudnn_unsupported
+    ),
+    _dispatch.Implementation(
+        name="tokamax", function=tokamax.attend, unsupported=_tokamax_unsupported
     ),
     _dispatch.Implementation(
         name="dense", function=reference.dense, unwise=_dense_unwise

@@ -1,12 +1,17 @@
-"""The grouped product experts call, and the choice of an implementation."""
+"""The grouped product experts call, and the choice of an implementation.
+
+tokamax    on Hopper, if it is installed
+blocked    in XLA, some rows at a time
+"""
 
 import dataclasses
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _dispatch
-from pallas_kernels.grouped_matmul import blocked
+from pallas_kernels.grouped_matmul import blocked, tokamax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,10 +49,11 @@ def grouped_matmul(
         x: rows, sorted by group.
         kernels: one matrix per group.
         group_sizes: rows of each group; at most T in all.
-        implementation: "blocked"; None chooses.
+        implementation: "tokamax" or "blocked"; None chooses, see `explain`.
 
     Raises:
-        ValueError: no implementation has that name.
+        ValueError: no implementation has that name, or the one asked for cannot
+            multiply so.
     """
     request = Request(
         num_rows=x.shape[0],
@@ -55,10 +61,49 @@ def grouped_matmul(
         dtype=x.dtype,
         device=_dispatch.device(),
     )
-    choice = _dispatch.choose(
-        "grouped_matmul", _IMPLEMENTATIONS, request, name=implementation
-    )
+    choice = _choose(request, implementation)
     return choice.function(x, kernels, group_sizes)
 
 
-_IMPLEMENTATIONS = (_dispatch.Implementation(name="blocked", function=blocked.blocked),)
+def explain(
+    num_rows: int,
+    kernels_shape: tuple[int, ...],
+    dtype: DTypeLike,
+    *,
+    device: _dispatch.Device | None = None,
+    implementation: str | None = None,
+) -> str:
+    """Say which implementation multiplies so, and why none of those before it.
+
+    Args:
+        num_rows: T.
+        kernels_shape: [E, D, F].
+        dtype: of the rows.
+        device: the one to multiply on; None is the one of this process.
+        implementation: as in `grouped_matmul`.
+    """
+    request = Request(
+        num_rows=num_rows,
+        kernels_shape=kernels_shape,
+        dtype=jnp.dtype(dtype),
+        device=device or _dispatch.device(),
+    )
+    return _choose(request, implementation).explanation
+
+
+def _choose(request: Request, implementation: str | None) -> _dispatch.Choice:
+    return _dispatch.choose(
+        "grouped_matmul", _IMPLEMENTATIONS, request, name=implementation
+    )
+
+
+def _tokamax_unsupported(request: Request) -> str | None:
+    return tokamax.unsupported(dtype=request.dtype, device=request.device)
+
+
+_IMPLEMENTATIONS = (
+    _dispatch.Implementation(
+        name="tokamax", function=tokamax.multiply, unsupported=_tokamax_unsupported
+    ),
+    _dispatch.Implementation(name="blocked", function=blocked.blocked),
+)

@@ -237,10 +237,14 @@ def output_shardings(
     return compiled.output_shardings
 
 
-def _compile(
-    machine: Machine, function: Callable, arguments: Any, mesh: Mesh | None
-) -> tuple[jax.stages.Compiled, float]:
-    """Return the compiled program, and how many seconds the compiler took."""
+def placed(machine: Machine, arguments: Any, mesh: Mesh | None = None) -> Any:
+    """Return the shapes of arguments as they lie on described devices.
+
+    Args:
+        machine: the devices.
+        arguments: as for `compile_for`.
+        mesh: as for `compile_for`.
+    """
     mesh = mesh or machine.mesh((1,), ("device",))
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -251,7 +255,14 @@ def _compile(
             np.shape(leaf), leaf.dtype, sharding=sharding or whole
         )
 
-    arguments = jax.tree.map(place, arguments)
+    return jax.tree.map(place, arguments)
+
+
+def _compile(
+    machine: Machine, function: Callable, arguments: Any, mesh: Mesh | None
+) -> tuple[jax.stages.Compiled, float]:
+    """Return the compiled program, and how many seconds the compiler took."""
+    arguments = placed(machine, arguments, mesh)
     jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
     with compiling_for(machine, mesh):
         lowered = jitted.trace(*arguments).lower()

@@ -23,6 +23,7 @@ PAGES: Axes = (None, "pages", "kv_heads", "slots", "head_dim")
 PAGE_SCALES: Axes = PAGES[:-1]
 PAGE_TABLE: Axes = ("batch", None)
 OF_ROWS: Axes = ("batch",)
+OF_TOKENS: Axes = ("batch", "length")
 SCALAR: Axes = ()
 
 

@@ -27,6 +27,7 @@ from realjax.models.axes import (
     EMBEDDED,
     KEY_VALUE,
     OF_ROWS,
+    OF_TOKENS,
     PAGE_TABLE,
     QUERY,
     RESIDUAL,
@@ -136,22 +137,22 @@ def run(
     def layer(x: Array, of_layer: PyTree, rows: _Rows) -> tuple[Array, Any]:
         weights, traits = of_layer
 
-        def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-            attended = attention(
-                query,
-                key,
-                value,
-                segment_ids=rows.segment_ids,
-                **_attention_options(config, traits),
-            )
-            return attended, None
+        def attend_on_device(query, key, value, segment_ids, traits) -> Array:
+            options = _attention_options(config, traits)
+            return attention(query, key, value, segment_ids=segment_ids, **options)
+
+        attend = partition.locally(
+            attend_on_device,
+            (QUERY, KEY_VALUE, KEY_VALUE, OF_TOKENS, _axes_of_traits(traits)),
+            QUERY,
+        )
 
         new, _, routing = _apply(
             block,
             weights,
             x,
             block_lib.rotation(rows.rotations, traits),
-            attend,
+            lambda *heads: (attend(*heads, rows.segment_ids, traits), None),
             rows.segment_ids,
             _fold_in(rows.noise_keys, traits.index),
         )
@@ -256,10 +257,10 @@ def extend(
             lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False),
             _stacked(parameters, config),
         )
-        traits_axes = jax.tree.map(lambda _: SCALAR, traits)
+        of_traits = _axes_of_traits(traits)
         attend = partition.locally(
             attend_on_device,
-            (QUERY, KEY_VALUE, KEY_VALUE, pool_axes, traits_axes, *rows_axes),
+            (QUERY, KEY_VALUE, KEY_VALUE, pool_axes, of_traits, *rows_axes),
             (QUERY, pool_axes),
         )
         x, pool, _ = _apply(
@@ -286,6 +287,11 @@ def _stacked(
     """Return what differs from layer to layer: weights and traits."""
     traits = jax.tree.map(jnp.asarray, block_lib.traits(config))
     return parameters["layers"], traits
+
+
+def _axes_of_traits(traits: block_lib.Traits) -> PyTree:
+    """Return the axes of one layer's traits: every device has them whole."""
+    return jax.tree.map(lambda _: SCALAR, traits)
 
 
 def _attention_options(config: ModelConfig, traits: block_lib.Traits) -> dict[str, Any]:

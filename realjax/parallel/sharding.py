@@ -107,9 +107,21 @@ def is_axes(node: Any) -> bool:
     return type(node) is tuple and all(n is None or isinstance(n, str) for n in node)
 
 
-def axes_spec(axes: Axes, mesh: Mesh) -> PartitionSpec:
-    """Return how axes cut an array whose sizes they divide."""
-    return _spec([_mesh_axes(name) for name in axes], mesh)
+def axes_spec(
+    axes: Axes, mesh: Mesh, *, without: Collection[str] = ()
+) -> PartitionSpec:
+    """Return how axes cut an array whose sizes they divide; some mesh axes do not."""
+    dimensions = (_mesh_axes(name) for name in axes)
+    return _spec([[a for a in found if a not in without] for found in dimensions], mesh)
+
+
+def indivisible_axes(size: int, name: str | None, mesh: Mesh) -> tuple[str, ...]:
+    """Return the mesh axes of a dimension to leave out so that the others divide it."""
+    axes = _mesh_axes(name)
+    kept = len(axes)
+    while size % num_parts(axes[:kept], mesh):
+        kept -= 1
+    return axes[kept:]
 
 
 def manual_axes() -> frozenset[str]:

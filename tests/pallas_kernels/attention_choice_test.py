@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels._dispatch import Device
-from pallas_kernels.attention import api, attention, cudnn, explain
+from pallas_kernels.attention import api, attention, cudnn, explain, tokamax
 
 CPU = Device(platform="cpu")
 H200 = Device(platform="gpu", compute_capability=(9, 0))
@@ -140,3 +140,32 @@ def test_rows_of_more_than_one_segment_are_not_attended_as_one():
     is_finite = np.isfinite(out).all(axis=(1, 2, 3))
     np.testing.assert_array_equal(is_finite, is_single)
     np.testing.assert_array_equal(out[1, 2:], 0)
+
+
+def test_tokamax_attends_packed_rows_on_hopper_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(tokamax, "is_installed", lambda: True)
+    for head_dim in (64, 128):
+        answer = explain_row(head_dim=head_dim, window="traced", soft_cap=30.0)
+        assert answer.startswith("attention runs as 'tokamax'.")
+    for options, reason in (
+        ({"device": A100}, "its kernel is taken on Hopper"),
+        ({"device": CPU}, "needs an NVIDIA GPU, and this is for cpu"),
+        ({"dtype": jnp.float32}, "not in float32"),
+        ({"head_dim": 80}, "heads are 80 wide; it takes 64, 128"),
+        ({"causal": False}, "this is not causal"),
+        ({"scale": "traced"}, "the scale is traced"),
+    ):
+        answer = explain_row(**options)
+        assert not answer.startswith("attention runs as 'tokamax'."), options
+        assert reason in answer
+    monkeypatch.setattr(tokamax, "is_installed", lambda: False)
+    assert "`pip install realjax[tokamax]`" in explain_row()
+
+
+def test_the_first_key_of_a_query_says_segments_and_windows():
+    segment_ids = jnp.asarray([[3, 3, 3, 5, 5, 0, 0], [1, 1, 1, 1, 1, 1, 2]], jnp.int32)
+    whole = [[0, 0, 0, 3, 3, 5, 5], [0, 0, 0, 0, 0, 0, 6]]
+    np.testing.assert_array_equal(tokamax.first_key(segment_ids, None), whole)
+    near = [[0, 0, 1, 3, 3, 5, 5], [0, 0, 1, 2, 3, 4, 6]]
+    for window in (2, jnp.int32(2)):
+        np.testing.assert_array_equal(tokamax.first_key(segment_ids, window), near)

@@ -1,6 +1,7 @@
 """The grouped product: what it computes, and how little it takes for it."""
 
 import functools
+import importlib.util
 import math
 import re
 
@@ -11,7 +12,9 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.grouped_matmul import blocked, grouped_matmul, reference
+from pallas_kernels._dispatch import H200, Device
+from pallas_kernels.grouped_matmul import blocked, grouped_matmul, reference, tokamax
+from pallas_kernels.grouped_matmul.api import explain
 
 D, F = 5, 7
 
@@ -192,7 +195,21 @@ def test_no_rows_give_no_rows():
 
 
 def test_unknown_implementation_is_refused_by_name():
-    with pytest.raises(ValueError, match="'ragged'; known are 'blocked', and None"):
+    with pytest.raises(ValueError, match="'ragged'; known are 'tokamax' and 'blocked'"):
         grouped_matmul(
             draw(0, 4, D), draw(1, 1, D, F), jnp.asarray([4]), implementation="ragged"
         )
+
+
+def test_tokamax_is_taken_on_hopper_where_it_is_installed(monkeypatch):
+    of_mixtral = (16384, (8, 4096, 14336), jnp.bfloat16)
+    if importlib.util.find_spec("tokamax") is None:
+        answer = explain(*of_mixtral, device=H200)
+        assert answer.startswith("grouped_matmul runs as 'blocked'.")
+        assert "tokamax is not installed; `pip install realjax[tokamax]`" in answer
+    monkeypatch.setattr(tokamax.importlib.util, "find_spec", lambda name: name)
+    assert explain(*of_mixtral, device=H200) == "grouped_matmul runs as 'tokamax'."
+    answer = explain(16384, (8, 4096, 14336), jnp.float32, device=H200)
+    assert "its kernel takes bfloat16 and float16, not float32" in answer
+    answer = explain(*of_mixtral, device=Device(platform="cpu"))
+    assert "needs an NVIDIA GPU, and this is for cpu" in answer

@@ -89,4 +89,35 @@ def test_on_one_device_the_function_is_itself():
 def test_unknown_names_are_refused():
     local = locally_for(make_mesh(Allocation.parse("d2")))
     with pytest.raises(ValueError, match="Unknown dimension name 'page'"):
-        local(read, (("page",),), OF_ROWS)
+        local(jnp.sum, (("page",),), SCALAR)(jnp.ones(2))
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3])
+def test_axes_that_do_not_divide_cut_nothing(num_rows):
+    # Of d2f2, two rows are cut over data alone, and one or three not at all; nor are
+    # the pages, which the rows speak of.
+    mesh = make_mesh(Allocation.parse("d2f2"))
+    seen = []
+
+    def sums(pages, rows):
+        seen.append((pages.shape[1], rows.shape[0]))
+        return rows * 2
+
+    pages, rows = jnp.ones((1, 4, 1, 1, 1)), jnp.arange(float(num_rows))
+    out = jax.jit(locally_for(mesh)(sums, (PAGES, OF_ROWS), OF_ROWS))(pages, rows)
+    np.testing.assert_array_equal(out, 2 * np.arange(num_rows))
+    assert seen == [(2, 1) if num_rows == 2 else (4, num_rows)]
+
+
+def test_inside_a_stage_it_cuts_along_the_other_axes():
+    mesh = make_mesh(Allocation.parse("d2t2s2"))
+    local = locally_for(mesh)(lambda rows: rows * rows.shape[0], (OF_ROWS,), OF_ROWS)
+    staged = jax.shard_map(
+        local,
+        mesh=mesh,
+        axis_names={"stage"},
+        in_specs=P("stage"),
+        out_specs=P("stage"),
+    )
+    # Eight rows: four a stage, and of those two in each part of data.
+    np.testing.assert_array_equal(jax.jit(staged)(jnp.ones(8)), np.full(8, 2.0))
