@@ -56,7 +56,9 @@ class Case:
         limits: of the compiled kernel.
         gpus: names of `aot.describe` that it is compiled for.
         donated: numbers of inputs that are written in place.
-        candidates: block sizes worth a try, and the function that runs with some.
+        candidates: block sizes worth a try.
+        with_blocks: returns the function that runs with some.
+        tuning_key: of this shape in the tables of block sizes, `_tuning.key_of`.
     """
 
     operation: str
@@ -74,6 +76,7 @@ class Case:
     donated: Sequence[int] = ()
     candidates: Sequence[Any] = ()
     with_blocks: Callable[[Any], Callable[..., Any]] | None = None
+    tuning_key: str | None = None
 
     @property
     def floor_seconds(self) -> float:
