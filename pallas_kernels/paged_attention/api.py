@@ -1,10 +1,9 @@
 """Attention to pages as models call it, and the choice of an implementation.
 
+mosaic      on Hopper, 16-bit queries: a kernel reads what is seen from where it lies
 listed      on CPU, steps of decoding: pages in use are met some at a time
 gathered    the pages of each row are copied together, then attended to as a dense cache
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +11,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import _dispatch
-from pallas_kernels.paged_attention import listed, reference
-
-TRACED = "traced"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the choice of an implementation looks at.
-
-    A window or a scale that is not known before tracing is `TRACED`.
-    """
-
-    query_shape: tuple[int, ...]
-    pages_shape: tuple[int, ...]
-    num_columns: int
-    dtype: DTypeLike
-    pages_dtype: DTypeLike
-    device: _dispatch.Device
-    window: int | str | None = None
-    soft_cap: float | None = None
-    scale: float | str | None = None
-    is_scaled: bool = False
+from pallas_kernels.paged_attention import listed, mosaic_sm90, reference
+from pallas_kernels.paged_attention.partials import Partials
+from pallas_kernels.paged_attention.request import TRACED, Request
 
 
 def paged_attention(
@@ -87,7 +67,7 @@ def paged_attention(
         soft_cap: cap(x) = soft_cap x tanh(x / soft_cap); None leaves scores as they
             are.
         scale: of the scores; may be traced. None is K**-0.5.
-        implementation: "listed" or "gathered"; None chooses, see `explain`.
+        implementation: "mosaic", "listed" or "gathered"; None chooses, see `explain`.
 
     Returns:
         One vector per token and query head, in the query's dtype. What sees nothing is
@@ -97,32 +77,84 @@ def paged_attention(
         ValueError: heads do not split, one of the scales is missing, no implementation
             has that name, or the one asked for cannot attend so.
     """
-    if (key_scales is None) != (value_scales is None):
-        given, missing = "key_scales", "value_scales"
-        if key_scales is None:
-            given, missing = missing, given
-        raise ValueError(f"{given} came without {missing}. Give both, or neither.")
-    request = Request(
-        query_shape=query.shape,
-        pages_shape=keys.shape,
-        num_columns=table.shape[1],
-        dtype=query.dtype,
-        pages_dtype=keys.dtype,
-        device=_dispatch.device(),
-        window=_known(window),
-        soft_cap=soft_cap,
-        scale=_known(scale),
-        is_scaled=key_scales is not None,
-    )
-    choice = _choose(request, implementation)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return choice.function(
+    pages = reference.Pages(keys, values, key_scales, value_scales)
+    rows = reference.Rows(table, first_page, start, _as_array(window))
+    request = _request(query, pages, rows, window, soft_cap, scale)
+    return _choose(request, implementation).function(
         query,
-        reference.Pages(keys, values, key_scales, value_scales),
-        reference.Rows(table, first_page, start, _as_array(window)),
+        pages,
+        rows,
         layer=layer,
         num_pages=num_pages,
-        scale=jnp.asarray(scale, jnp.float32),
+        scale=_scale(scale, query),
+        soft_cap=soft_cap,
+    )
+
+
+def paged_attention_in_part(
+    query: Float[Array, "B T H K"],
+    keys: Shaped[Array, "L P N S K"],
+    values: Shaped[Array, "L P N S K"],
+    key_scales: Float[Array, "L P N S"] | None = None,
+    value_scales: Float[Array, "L P N S"] | None = None,
+    *,
+    layer: Int[Array, ""],
+    table: Int[Array, "B M"],
+    first_page: Int[Array, " B"],
+    start: Int[Array, " B"],
+    num_pages: Int[Array, ""],
+    window: int | Int[Array, ""] | None = None,
+    soft_cap: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
+    implementation: str | None = None,
+) -> Partials:
+    """Attend to some pages of each sequence, when others are elsewhere.
+
+    Over two devices that have half of the pages each, inside `jax.shard_map`:
+
+        position        0 1 2 3 | 4 5 6 7        8 9
+        device 0          7         2                    first_page = 0
+        device 1                                  5      first_page = 2
+
+        found = paged_attention_in_part(query, …)     # Each with its own table.
+        out = combine(found, axis_name="sequence")    # The same on both.
+
+    Args:
+        query: as all others, as for `paged_attention`.
+        keys: as there.
+        values: as there.
+        key_scales: as there.
+        value_scales: as there.
+        layer: as there.
+        table: of the pages that are here.
+        first_page: number of pages before those in the table.
+        start: position of each row's first query, in the whole sequence.
+        num_pages: columns of the table in use by any row.
+        window: as there.
+        soft_cap: as there.
+        scale: as there.
+        implementation: "mosaic" or "gathered"; None takes the first that can.
+
+    Returns:
+        What `combine` takes, of this part.
+
+    Raises:
+        ValueError: as `paged_attention`.
+    """
+    pages = reference.Pages(keys, values, key_scales, value_scales)
+    rows = reference.Rows(table, first_page, start, _as_array(window))
+    request = _request(query, pages, rows, window, soft_cap, scale)
+    _check(request)
+    choice = _dispatch.choose(
+        "paged attention in part", _IN_PART, request, name=implementation
+    )
+    return choice.function(
+        query,
+        pages,
+        rows,
+        layer=layer,
+        num_pages=num_pages,
+        scale=_scale(scale, query),
         soft_cap=soft_cap,
     )
 
@@ -189,6 +221,38 @@ def _check(request: Request) -> None:
         )
 
 
+def _request(
+    query: Array,
+    pages: reference.Pages,
+    rows: reference.Rows,
+    window: int | Array | None,
+    soft_cap: float | None,
+    scale: float | Array | None,
+) -> Request:
+    if (pages.key_scales is None) != (pages.value_scales is None):
+        given, missing = "key_scales", "value_scales"
+        if pages.key_scales is None:
+            given, missing = missing, given
+        raise ValueError(f"{given} came without {missing}. Give both, or neither.")
+    return Request(
+        query_shape=query.shape,
+        pages_shape=pages.keys.shape,
+        num_columns=rows.table.shape[1],
+        dtype=query.dtype,
+        pages_dtype=pages.keys.dtype,
+        device=_dispatch.device(),
+        window=_known(window),
+        soft_cap=soft_cap,
+        scale=_known(scale),
+        is_scaled=pages.key_scales is not None,
+    )
+
+
+def _scale(scale: float | Array | None, query: Array) -> Array:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return jnp.asarray(scale, jnp.float32)
+
+
 def _known[T](x: T | Array) -> T | str:
     return TRACED if isinstance(x, jax.Array) else x
 
@@ -212,10 +276,24 @@ def _listed_unwise(request: Request) -> str | None:
 
 _IMPLEMENTATIONS = (
     _dispatch.Implementation(
+        name="mosaic",
+        function=mosaic_sm90.attend,
+        unsupported=mosaic_sm90.unsupported,
+    ),
+    _dispatch.Implementation(
         name="listed",
         function=listed.listed,
         unsupported=_listed_unsupported,
         unwise=_listed_unwise,
     ),
     _dispatch.Implementation(name="gathered", function=reference.gathered),
+)
+
+_IN_PART = (
+    _dispatch.Implementation(
+        name="mosaic",
+        function=mosaic_sm90.attend_in_part,
+        unsupported=mosaic_sm90.unsupported,
+    ),
+    _dispatch.Implementation(name="gathered", function=reference.gathered_in_part),
 )

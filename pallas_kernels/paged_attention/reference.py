@@ -10,14 +10,14 @@ few widths, chosen when the program runs.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-# Added to the scores of keys out of sight: finite, so that nothing is ever NaN.
-OUT_OF_SIGHT = -1e30
+from pallas_kernels.paged_attention.partials import OUT_OF_SIGHT, Partials, combine
 
 # More scores than these, 256 MiB in float32, are computed some queries at a time.
 MOST_SCORES = 2**26
@@ -71,11 +71,40 @@ def gathered(
     soft_cap: float | None,
 ) -> Float[Array, "B T H K"]:
     """Attend to the pages in the first columns of the table, `num_pages` or more."""
+    finish = lambda found: combine(found).astype(query.dtype)
+    return _gathered(query, pages, rows, layer, num_pages, scale, soft_cap, finish)
+
+
+def gathered_in_part(
+    query: Float[Array, "B T H K"],
+    pages: Pages,
+    rows: Rows,
+    *,
+    layer: Int[Array, ""],
+    num_pages: Int[Array, ""],
+    scale: Float[Array, ""],
+    soft_cap: float | None,
+) -> Partials:
+    """Return what the pages in the first columns of the table say."""
+    finish = lambda found: found
+    return _gathered(query, pages, rows, layer, num_pages, scale, soft_cap, finish)
+
+
+def _gathered(
+    query: Array,
+    pages: Pages,
+    rows: Rows,
+    layer: Array,
+    num_pages: Array,
+    scale: Array,
+    soft_cap: float | None,
+    finish: Callable[[Partials], Any],
+) -> Any:
     widths = _widths(rows.table.shape[1])
 
-    def attend(width: int) -> Array:
+    def attend(width: int) -> Any:
         seen = _gather(pages, rows, layer, width, query.dtype)
-        return _in_blocks(query, seen, rows, scale, soft_cap)
+        return _in_blocks(query, seen, rows, scale, soft_cap, finish)
 
     if len(widths) == 1:
         return attend(widths[0])
@@ -138,14 +167,15 @@ def _in_blocks(
     rows: Rows,
     scale: Array,
     soft_cap: float | None,
-) -> Float[Array, "B T H K"]:
+    finish: Callable[[Partials], Any],
+) -> Any:
     """Attend from all queries at once, or from some at a time if scores are many."""
     batch, num_queries, num_heads, _ = query.shape
     positions = rows.start[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None]
 
-    def attend(block: tuple[Array, Array]) -> Array:
+    def attend(block: tuple[Array, Array]) -> Any:
         queries, places = block
-        return _attend(queries, places, seen, rows.window, scale, soft_cap)
+        return finish(_attend(queries, places, seen, rows.window, scale, soft_cap))
 
     scores_of_one = batch * num_heads * seen.keys.shape[2]
     num_blocks = min(-(-num_queries * scores_of_one // MOST_SCORES), num_queries)
@@ -158,9 +188,11 @@ def _in_blocks(
         x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
         return jnp.swapaxes(x.reshape(batch, -1, size, *x.shape[2:]), 0, 1)
 
-    blocks = jax.lax.map(attend, (cut(query), cut(positions)))
-    out = jnp.swapaxes(blocks, 0, 1).reshape(batch, -1, *query.shape[2:])
-    return out[:, :num_queries]
+    def whole(x: Array) -> Array:
+        x = jnp.swapaxes(x, 0, 1)
+        return x.reshape(batch, -1, *x.shape[3:])[:, :num_queries]
+
+    return jax.tree.map(whole, jax.lax.map(attend, (cut(query), cut(positions))))
 
 
 def _attend(
@@ -170,7 +202,7 @@ def _attend(
     window: Array | None,
     scale: Array,
     soft_cap: float | None,
-) -> Float[Array, "B T H K"]:
+) -> Partials:
     """Attend with all scores at once; they and their softmax are float32."""
     batch, num_queries, num_heads, head_dim = query.shape
     num_kv_heads = seen.keys.shape[1]
@@ -182,13 +214,17 @@ def _attend(
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = scores + _bias(positions, seen.positions, window)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    total = weights.sum(axis=-1, keepdims=True)
+    maximum = scores.max(axis=-1)
+    weights = jnp.exp(scores - maximum[..., None])
+    total = weights.sum(axis=-1)
     if seen.value_scales is not None:
         weights = weights * seen.value_scales[:, :, None, None].astype(jnp.float32)
     sums = _times(weights.astype(query.dtype), seen.values, "bnij,bnjk->bnik")
-    out = (sums / total).astype(query.dtype)
-    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(query.shape)
+
+    def of_tokens(x: Float[Array, "B N G T *dims"]) -> Float[Array, "B T H *dims"]:
+        return jnp.moveaxis(x, 3, 1).reshape(*query.shape[:3], *x.shape[4:])
+
+    return Partials(*map(of_tokens, (maximum, total, sums)))
 
 
 def _bias(

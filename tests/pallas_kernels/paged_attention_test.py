@@ -350,6 +350,6 @@ def test_heads_that_do_not_split_are_refused():
 def test_the_choice_is_explained():
     found = api.explain((8, 2, 4, 6), (2, 60, 2, 4, 6), 9, jnp.float32)
     assert found == (
-        "paged attention runs as 'gathered'. Not as 'listed': rows have 2 tokens, and"
-        " it takes one."
+        "paged attention runs as 'gathered'. Not as 'mosaic': it is for GPUs. Not as"
+        " 'listed': rows have 2 tokens, and it takes one."
     )
