@@ -97,7 +97,10 @@ def unpack(
         )
     whole = jax.ShapeDtypeStruct(shape, dtype)
     pairs = unpacking(blocks, places)
-    request = request_of(inputs, [whole], pairs, is_mixed=eta is not None)
+    launches = slices.num_launches(blocks, places, is_whole=into is None)
+    request = request_of(
+        inputs, [whole], pairs, is_mixed=eta is not None, num_slices=launches
+    )
     choice = _dispatch.choose("unpack", _UNPACK, request, name=implementation)
     if choice.name == "slices":
         return slices.unpack(
@@ -216,6 +219,7 @@ def explain_unpack(
     *,
     shape: tuple[int, ...],
     dtype: Any,
+    is_whole: bool = True,
     is_mixed: bool = False,
     device: _dispatch.Device | None = None,
     implementation: str | None = None,
@@ -228,13 +232,22 @@ def explain_unpack(
         places: as for `unpack`.
         shape: as for `unpack`.
         dtype: as for `unpack`.
+        is_whole: there is no `into`.
         is_mixed: there is a weight.
         device: the one to copy on; None is the one of this process.
         implementation: as for `unpack`.
     """
     whole = jax.ShapeDtypeStruct(shape, dtype)
     pairs = unpacking(blocks, places)
-    request = request_of(inputs, [whole], pairs, is_mixed=is_mixed, device=device)
+    launches = slices.num_launches(blocks, places, is_whole=is_whole)
+    request = request_of(
+        inputs,
+        [whole],
+        pairs,
+        is_mixed=is_mixed,
+        num_slices=launches,
+        device=device,
+    )
     return _dispatch.choose("unpack", _UNPACK, request, name=implementation).explanation
 
 

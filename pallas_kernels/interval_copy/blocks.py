@@ -24,10 +24,11 @@ class Aligned:
     value: jax.Array
     multiple: int
 
-    def __add__(self, other: "Aligned") -> "Aligned":
+    def __add__(self, other: "Index") -> "Aligned":
         """Return the sum, and what divides both."""
-        multiple = math.gcd(self.multiple, other.multiple)
-        return Aligned(self.value + other.value, multiple)
+        multiple = math.gcd(self.multiple, divisor_of(other))
+        number = other.value if isinstance(other, Aligned) else other
+        return Aligned(self.value + number, multiple)
 
 
 Index = int | np.integer | jax.Array | Aligned
@@ -73,7 +74,7 @@ def divisor_of(index: Index) -> int:
     return int(index) if isinstance(index, int | np.integer) else 1
 
 
-def packed_dtype(arrays: Sequence[jax.Array], dtype: Any) -> np.dtype:
+def packed_dtype(arrays: Sequence[Any], dtype: Any) -> np.dtype:
     """Return the type of a packed buffer: the one asked for, or that of the arrays.
 
     Raises:

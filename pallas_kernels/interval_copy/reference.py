@@ -1,4 +1,4 @@
-"""The definition of pack and unpack in NumPy, element by element. For tests."""
+"""The definition of pack and unpack in NumPy. For tests."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.interval_copy.blocks import Aligned, Block
+from pallas_kernels.interval_copy.blocks import Aligned, Block, Index
 
 
 def pack(arrays: Sequence[np.ndarray], blocks: Sequence[Block], dtype: Any) -> Any:
@@ -21,7 +21,7 @@ def pack(arrays: Sequence[np.ndarray], blocks: Sequence[Block], dtype: Any) -> A
 def unpack(
     inputs: Sequence[np.ndarray],
     blocks: Sequence[Block],
-    places: Sequence[tuple[int, ...]],
+    places: Sequence[tuple[Index, ...]],
     *,
     shape: tuple[int, ...],
     dtype: Any,
@@ -32,14 +32,14 @@ def unpack(
     out = np.zeros(shape, dtype) if into is None else np.array(into)
     for block, place in zip(blocks, places, strict=True):
         values = _block(inputs, block)
-        for index in np.ndindex(*block.size):
-            at = tuple(low + step for low, step in zip(place, index, strict=True))
-            new = values[index].astype(dtype)
-            if eta is not None:
-                weight = np.float32(eta)
-                old = out[at].astype(np.float32)
-                new = weight * values[index].astype(np.float32) + (1 - weight) * old
-            out[at] = new
+        corner = zip(_known(place), block.size, strict=True)
+        at = tuple(slice(low, low + size) for low, size in corner)
+        new = values.astype(dtype)
+        if eta is not None:
+            weight = np.float32(eta)
+            old = out[at].astype(np.float32)
+            new = weight * values.astype(np.float32) + (1 - weight) * old
+        out[at] = new
     return out
 
 
@@ -48,9 +48,9 @@ def _block(arrays: Sequence[np.ndarray], block: Block) -> np.ndarray:
     if block.offset is not None:
         stop = block.offset + math.prod(block.size)
         return array[block.offset : stop].reshape(block.size)
-    start = [
-        int(at.value if isinstance(at, Aligned) else at)
-        for at in block.start or (0,) * len(block.size)
-    ]
-    corner = zip(start, block.size, strict=True)
+    corner = zip(_known(block.start or (0,) * len(block.size)), block.size, strict=True)
     return array[tuple(slice(low, low + size) for low, size in corner)]
+
+
+def _known(start: Sequence[Index]) -> list[int]:
+    return [int(at.value if isinstance(at, Aligned) else at) for at in start]

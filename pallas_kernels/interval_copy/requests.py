@@ -30,6 +30,7 @@ class Request:
         source_dtypes: of the arrays read.
         target_dtypes: of the arrays written.
         is_mixed: the result is an average with what was there.
+        num_slices: launches of the program that XLA makes of slices.
         device: what the program is for.
     """
 
@@ -39,7 +40,13 @@ class Request:
     source_dtypes: tuple[str, ...]
     target_dtypes: tuple[str, ...]
     is_mixed: bool
+    num_slices: int
     device: _dispatch.Device
+
+    @property
+    def num_pairs(self) -> int:
+        """Different pairs of a source and a target."""
+        return len({row.pair for row in self.rows})
 
     @property
     def num_elements(self) -> int:
@@ -63,6 +70,7 @@ def request_of(
     pairs: Sequence[Pair],
     *,
     is_mixed: bool,
+    num_slices: int = 1,
     device: _dispatch.Device | None = None,
 ) -> Request:
     """Describe what is to be copied.
@@ -72,6 +80,7 @@ def request_of(
         targets: likewise.
         pairs: their blocks.
         is_mixed: the result is an average with what was there.
+        num_slices: launches of the program that XLA makes of slices.
         device: the one to copy on; None is the one that the code around is traced for.
     """
     source_shapes = tuple(array.shape for array in sources)
@@ -83,6 +92,7 @@ def request_of(
         source_dtypes=tuple(np.dtype(array.dtype).name for array in sources),
         target_dtypes=tuple(np.dtype(array.dtype).name for array in targets),
         is_mixed=is_mixed,
+        num_slices=num_slices,
         device=device or _dispatch.device(),
     )
 

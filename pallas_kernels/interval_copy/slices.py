@@ -51,6 +51,23 @@ def unpack(
     return whole
 
 
+def num_launches(
+    blocks: Sequence[Block], places: Sequence[tuple[Index, ...]], *, is_whole: bool
+) -> int:
+    """Return how many launches XLA makes of an unpacking, at least.
+
+    Seen in programs compiled for an H200: blocks that are joined are one fusion; of
+    others each is written by one, and averages are often read by another one before.
+
+    Args:
+        blocks: to unpack.
+        places: theirs.
+        is_whole: there is no array to write into.
+    """
+    is_joined = is_whole and (len(blocks) == 1 or _joined(places) is not None)
+    return 1 if is_joined else len(blocks)
+
+
 def _read(inputs: Sequence[jax.Array], block: Block) -> jax.Array:
     array = inputs[block.input]
     if block.offset is not None:

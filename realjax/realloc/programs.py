@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels.interval_copy import Block, pack, unpack
+from pallas_kernels.interval_copy import Aligned, Block, pack, unpack
 from realjax.core.arrays import Array
 
 AXIS = "device"
@@ -270,15 +270,21 @@ def _arithmetic(mesh: Mesh, arrays: Sequence[Array]) -> Array:
 
 
 def _places(table: Table) -> Any:
-    """Give out the numbers of this device's row; those that all share are constants."""
+    """Give out the numbers of this device's row; those that all share are constants.
+
+    Of the others it is known what divides them on all devices.
+    """
     columns = np.asarray(table, np.int32).reshape(len(table), -1)
     if len(columns) > 1:
         row = jnp.asarray(columns)[jax.lax.axis_index(AXIS)]
     else:
         row = columns[0]
     is_shared = (columns == columns[0]).all(axis=0)
+    divisors = np.gcd.reduce(columns, axis=0)
     return iter(
-        int(columns[0, number]) if is_shared[number] else row[number]
+        int(columns[0, number])
+        if is_shared[number]
+        else Aligned(row[number], int(divisors[number]))
         for number in range(columns.shape[1])
     )
 
@@ -288,7 +294,8 @@ def _start(places: Any, part: Part, step: Any) -> tuple[Any, ...]:
     start = [next(places) for _ in part.size]
     if part.slab is not None:
         axis = part.slab.axis
-        start[axis] = start[axis] + step[0] * part.slab_size[axis]
+        length = part.slab_size[axis]
+        start[axis] = Aligned(step[0] * length, length) + start[axis]
     return tuple(start)
 
 
