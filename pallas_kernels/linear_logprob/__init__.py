@@ -1,6 +1,12 @@
 """Log-probabilities and entropies of a linear layer over the vocabulary."""
 
-from pallas_kernels.linear_logprob.api import default_chunk_size, linear_logprob
+from pallas_kernels.linear_logprob.api import (
+    default_chunk_size,
+    explain,
+    linear_logprob,
+    linear_scores,
+)
+from pallas_kernels.linear_logprob.blocks import Scores
 from pallas_kernels.linear_logprob.reference import (
     capped_logits,
     is_kept,
@@ -10,11 +16,14 @@ from pallas_kernels.linear_logprob.reference import (
 from pallas_kernels.linear_logprob.sharded import sharded_linear_logprob
 
 __all__ = [
+    "Scores",
     "capped_logits",
     "default_chunk_size",
+    "explain",
     "is_kept",
     "kept_logits",
     "linear_logprob",
+    "linear_scores",
     "scaled_logits",
     "sharded_linear_logprob",
 ]

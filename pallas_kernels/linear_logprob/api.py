@@ -2,26 +2,31 @@
 
     logprob_t = log softmax_kept(capped(hidden_t · kernel) / temperature)[target_t]
 
+mosaic     on Hopper: logits stay in registers; blocks are cast one at a time
+dense      all logits at once, kept for the gradient: few tokens, on a CPU
+chunked    the logits of some tokens and some columns at a time: everything else
+
 The tokens are cut in chunks, and for a large vocabulary the kernel's columns in blocks;
 loops make the logits of one chunk and block, keep four numbers per token, and drop
-them. The gradient makes them again. So the largest float32 array is [chunk, block]
-forward and backward, next to the kernel's gradient [D, V].
+them. The gradient makes them again. So the largest array is [chunk, block] forward and
+backward, next to the kernel's gradient [D, V].
 """
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._dispatch import device
-from pallas_kernels.linear_logprob import chunked
-from pallas_kernels.linear_logprob.chunked import Static
+from pallas_kernels import _dispatch, _tuning
+from pallas_kernels._dispatch import Device, device
+from pallas_kernels.linear_logprob import chunked, mosaic_sm90
+from pallas_kernels.linear_logprob.blocks import Rows, Scores, Static, constrained
 from pallas_kernels.linear_logprob.reference import Kept
-
-Implementation = Literal["dense", "chunked"]
+from pallas_kernels.linear_logprob.request import Request
 
 # Logits of one chunk. On a CPU (8 MiB) they stay in its cache.
 CHUNK_LOGITS_CPU = 2**21
@@ -33,6 +38,32 @@ DENSE_LOGITS_CPU = 2**22
 CHUNK_TOKENS = 2**13
 # Columns of a block: float32 logits of 128 MiB.
 BLOCK_SIZE = 2**12
+# Of the Mosaic kernel: a copy of some columns in the type of the products, and bits of
+# sets, one per token and column, each of 128 MiB at most.
+COPY_BYTES = 2**27
+# Gradients to the logits of one chunk and block, in 16 bits: 64 MiB with the above.
+GRADIENT_BLOCK_SIZE = 2**12
+
+
+class Cut(NamedTuple):
+    """How much is looked at together.
+
+    Attributes:
+        chunk_size: most tokens; None is all of them, with the logits kept.
+        block_size: most columns; None is all of them.
+        kernel_blocks: of the Mosaic kernel, if it does the work.
+    """
+
+    chunk_size: int | None
+    block_size: int | None
+    kernel_blocks: mosaic_sm90.Blocks | None = None
+
+
+class Plan(NamedTuple):
+    """How scores are made, and how their gradients."""
+
+    forward: Static
+    backward: Static
 
 
 def linear_logprob(
@@ -47,12 +78,13 @@ def linear_logprob(
     chunk_size: int | None = None,
     block_size: int | None = None,
     constrain_kernel: Callable[[Array], Array] | None = None,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
     """Score one target per row, and measure the entropy of its distribution.
 
     The products take the type of `hidden` and accumulate in float32; everything after
-    them is float32, the gradient of the kernel included. What is not used costs
+    them is float32, the gradient of the kernel included, but for the gradients to the
+    logits, which its products take in the type of `hidden`. What is not used costs
     nothing: neither the entropy nor its gradient. For arrays on several devices there
     is `sharded_linear_logprob`; this one works on them under `jax.jit` if
     `constrain_kernel` is given, and leaves the collectives to the compiler.
@@ -68,41 +100,132 @@ def linear_logprob(
         vocab_size: columns of the kernel past it are padding and never count, nor get
             a gradient; None has no padding.
         chunk_size: most tokens of one chunk, over all devices; None takes
-            `default_chunk_size`.
+            `default_chunk_size`, or what the implementation prefers.
         block_size: most columns that are looked at together; None chooses.
         constrain_kernel: applied to the kernel in the type of `hidden` before the loop,
             and to its gradient: a sharding constraint that gathers it once.
-        implementation: "dense" makes all logits at once and keeps them for the
-            gradient, "chunked" holds those of a chunk; None is "dense" where one chunk
-            and block hold all.
+        implementation: "mosaic" is the kernel for Hopper, "dense" makes all logits at
+            once and keeps them for the gradient, "chunked" holds those of a chunk; None
+            chooses, see `explain`.
 
     Returns:
         Log-probabilities and entropies, float32, in nats. The log-probability of a
         target outside its set is -inf, and its gradient finite.
+
+    Raises:
+        ValueError: a number that means nothing, or no implementation has that name, or
+            the one asked for cannot do this.
     """
-    num_tokens, num_columns = hidden.shape[0], kernel.shape[1]
-    chunk_size = chunk_size or default_chunk_size(num_tokens, num_columns)
-    if block_size is None and constrain_kernel is None and device().platform != "cpu":
-        # Blocks of a kernel that the compiler has cut would have to be gathered.
-        block_size = BLOCK_SIZE
-    if block_size is not None and block_size >= num_columns:
-        block_size = None
-    if implementation is None:
-        is_dense = num_tokens <= chunk_size and block_size is None
-        implementation = "dense" if is_dense else "chunked"
-    is_chunked = implementation == "chunked"
+    scores = linear_scores(
+        hidden,
+        kernel,
+        targets,
+        temperature=temperature,
+        kept=kept,
+        soft_cap=soft_cap,
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+        block_size=block_size,
+        constrain_kernel=constrain_kernel,
+        implementation=implementation,
+    )
+    return scores.logprobs, scores.entropy
+
+
+def linear_scores(
+    hidden: Float[Array, "T D"],
+    kernel: Float[Array, "D V"],
+    targets: Int[Array, " T"],
+    *,
+    temperature: float = 1.0,
+    kept: Kept | None = None,
+    soft_cap: float | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    block_size: int | None = None,
+    constrain_kernel: Callable[[Array], Array] | None = None,
+    implementation: str | None = None,
+) -> Scores:
+    """Score as `linear_logprob` does, and return the log-normalizers too.
+
+    Args:
+        hidden: as for `linear_logprob`, like all others.
+        kernel: likewise.
+        targets: likewise.
+        temperature: likewise.
+        kept: likewise.
+        soft_cap: likewise.
+        vocab_size: likewise.
+        chunk_size: likewise.
+        block_size: likewise.
+        constrain_kernel: likewise.
+        implementation: likewise.
+
+    Returns:
+        Log-probabilities, entropies and log-normalizers log Σ exp(logit / temperature)
+        over the kept tokens, each with its gradients.
+    """
+    request = Request(
+        num_tokens=hidden.shape[0],
+        width=hidden.shape[1],
+        num_columns=kernel.shape[1],
+        dtype=hidden.dtype,
+        kernel_dtype=kernel.dtype,
+        device=device(),
+        has_sets=kept is not None,
+        is_cut=constrain_kernel is not None,
+        chunk_size=chunk_size,
+        block_size=block_size,
+    )
+    cuts = _choose(request, implementation).function(request)
     static = make_static(
-        num_columns,
+        kernel.shape[1],
         temperature=temperature,
         soft_cap=soft_cap,
         vocab_size=vocab_size,
-        implementation=implementation,
-    )._replace(
-        num_chunks=chunked.num_chunks(num_tokens, chunk_size) if is_chunked else None,
-        block_size=block_size if is_chunked else None,
-        constrain_kernel=constrain_kernel,
+    )._replace(constrain_kernel=constrain_kernel)
+    sizes = hidden.shape[0], kernel.shape[1]
+    plan = Plan(*(apply_cut(static, cut, *sizes) for cut in cuts))
+    return _linear_scores(plan, hidden, kernel, targets, kept)
+
+
+def explain(
+    hidden_shape: tuple[int, ...],
+    kernel_shape: tuple[int, ...],
+    dtype: DTypeLike,
+    *,
+    device: Device | None = None,
+    implementation: str | None = None,
+    kernel_dtype: DTypeLike = jnp.float32,
+    **options: bool | int | None,
+) -> str:
+    """Say which implementation scores so, and why none of those before it.
+
+    Args:
+        hidden_shape: [T, D].
+        kernel_shape: [D, V].
+        dtype: of the hidden states.
+        device: the one to score on; None is the one of this process.
+        implementation: as in `linear_logprob`.
+        kernel_dtype: of the kernel.
+        **options: `has_sets`, `is_cut`, `chunk_size` and `block_size` of `Request`.
+    """
+    request = Request(
+        num_tokens=hidden_shape[0],
+        width=hidden_shape[1],
+        num_columns=kernel_shape[1],
+        dtype=dtype,
+        kernel_dtype=kernel_dtype,
+        device=device or _dispatch.device(),
+        **options,  # pyright: ignore[reportArgumentType]  # The class checks names.
     )
-    return _linear_logprob(static, hidden, kernel, targets, kept)
+    return _choose(request, implementation).explanation
+
+
+def _choose(request: Request, implementation: str | None) -> _dispatch.Choice:
+    return _dispatch.choose(
+        "linear_logprob", _IMPLEMENTATIONS, request, name=implementation
+    )
 
 
 def make_static(
@@ -111,18 +234,12 @@ def make_static(
     temperature: float,
     soft_cap: float | None,
     vocab_size: int | None,
-    implementation: str = "chunked",
 ) -> Static:
     """Check what every form takes.
 
     Raises:
         ValueError: a number that means nothing.
     """
-    if implementation not in ("dense", "chunked"):
-        raise ValueError(
-            f"linear_logprob has no implementation {implementation!r}; known are"
-            " 'dense' and 'chunked', and None chooses by the number of tokens."
-        )
     if not temperature > 0:
         raise ValueError(
             f"The temperature is {temperature}; it must be positive. Greedy tokens are"
@@ -156,43 +273,152 @@ def default_chunk_size(num_tokens: int, vocab_size: int) -> int:
     return max(1, CHUNK_LOGITS_CPU // vocab_size)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_logprob(static: Static, hidden, kernel, targets, kept):
-    scores, _ = chunked.score(
-        static, hidden, _compute_kernel(static, hidden, kernel), targets, kept
+def apply_cut(static: Static, cut: Cut, num_tokens: int, num_columns: int) -> Static:
+    """Return what is known before tracing, with the numbers of one pass."""
+    block_size, is_chunked = cut.block_size, cut.chunk_size is not None
+    if block_size is not None and block_size >= num_columns:
+        block_size = None
+    return static._replace(
+        num_chunks=chunked.num_chunks(num_tokens, cut.chunk_size or 1)
+        if is_chunked
+        else None,
+        block_size=block_size if is_chunked else None,
+        kernel_blocks=cut.kernel_blocks,
     )
-    return scores.logprobs, scores.entropy
 
 
-def _forward(static: Static, hidden, kernel, targets, kept):
+def kernel_blocks(request: Request) -> mosaic_sm90.Blocks:
+    """Return the block sizes of the Mosaic kernel."""
+    return _tuning.tuned(
+        "linear_logprob",
+        mosaic_sm90.default_blocks(request),
+        device=request.device,
+        dtypes=(request.dtype,),
+        shape=(request.num_tokens, request.width, request.num_columns),
+    )
+
+
+def set_chunk_size(num_columns: int) -> int:
+    """Return of how many tokens the bits of their sets may be in memory."""
+    return max(1, COPY_BYTES // (4 * -(-num_columns // 32)))
+
+
+# -- the implementations: each says how much it looks at together, forward and backward
+
+
+def _mosaic(request: Request) -> tuple[Cut, Cut]:
+    blocks, itemsize = kernel_blocks(request), jnp.dtype(request.dtype).itemsize
+    is_ready = request.kernel_dtype == request.dtype and not request.num_columns % 8
+    block_size = request.block_size
+    if block_size is None and not is_ready:
+        # Whole tiles, so that only the last one of a block is cut.
+        num_columns = COPY_BYTES // (itemsize * request.width)
+        block_size = max(1, num_columns // blocks.columns) * blocks.columns
+    chunk_size = request.num_tokens
+    if request.has_sets:
+        num_columns = min(request.num_columns, block_size or request.num_columns)
+        chunk_size = min(chunk_size, set_chunk_size(num_columns))
+    forward = Cut(request.chunk_size or max(1, chunk_size), block_size, blocks)
+    backward = Cut(
+        request.chunk_size or CHUNK_TOKENS,
+        request.block_size or GRADIENT_BLOCK_SIZE,
+        blocks,
+    )
+    return forward, backward
+
+
+def _mosaic_unsupported(request: Request) -> str | None:
+    if request.is_cut:
+        return (
+            "it works on the arrays of one device, and constrain_kernel leaves cutting"
+            " them to the compiler; sharded_linear_logprob runs it on each"
+        )
+    return mosaic_sm90.unsupported(request)
+
+
+def _dense(request: Request) -> tuple[Cut, Cut]:
+    return Cut(None, None), Cut(None, None)
+
+
+def _chunked_cut(request: Request) -> Cut:
+    chunk_size = request.chunk_size or default_chunk_size(
+        request.num_tokens, request.num_columns
+    )
+    block_size = request.block_size
+    if block_size is None and not request.is_cut and request.device.platform != "cpu":
+        # Blocks of a kernel that the compiler has cut would have to be gathered.
+        block_size = BLOCK_SIZE
+    return Cut(chunk_size, block_size)
+
+
+def _chunked(request: Request) -> tuple[Cut, Cut]:
+    return _chunked_cut(request), _chunked_cut(request)
+
+
+def _dense_unwise(request: Request) -> str | None:
+    chunk_size, block_size, _ = _chunked_cut(request)
+    assert chunk_size is not None
+    if request.num_tokens > chunk_size:
+        return f"{request.num_tokens} tokens are more than a chunk of {chunk_size}"
+    if block_size is not None and block_size < request.num_columns:
+        return f"{request.num_columns} columns are more than a block of {block_size}"
+    return None
+
+
+_IMPLEMENTATIONS = (
+    _dispatch.Implementation(
+        name="mosaic", function=_mosaic, unsupported=_mosaic_unsupported
+    ),
+    _dispatch.Implementation(name="dense", function=_dense, unwise=_dense_unwise),
+    _dispatch.Implementation(name="chunked", function=_chunked),
+)
+
+
+# -- the function with gradients -----------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear_scores(plan: Plan, hidden, kernel, targets, kept):
+    compute_kernel = _compute_kernel(plan, hidden, kernel)
+    scores, _ = chunked.score(plan.forward, hidden, compute_kernel, targets, kept)
+    return public(plan.forward, scores)
+
+
+def _forward(plan: Plan, hidden, kernel, targets, kept):
     hidden, targets, kept = jax.tree.map(lambda x: x.value, (hidden, targets, kept))
-    master, kernel = kernel.value, _compute_kernel(static, hidden, kernel.value)
-    scores, logits = chunked.score(static, hidden, kernel, targets, kept)
+    master, kernel = kernel.value, _compute_kernel(plan, hidden, kernel.value)
+    scores, logits = chunked.score(plan.forward, hidden, kernel, targets, kept)
     # The gradient has the type of the kernel it is for; only its type is kept.
     like = jnp.zeros((0,), master.dtype)
     residuals = (hidden, kernel, targets, kept, scores, logits, like)
-    return (scores.logprobs, scores.entropy), residuals
+    return public(plan.forward, scores), residuals
 
 
-def _backward(static: Static, residuals, cotangents):
+def _backward(plan: Plan, residuals, cotangents):
     hidden, kernel, targets, kept, scores, logits, like = residuals
-    rows = chunked.Rows(hidden, targets, kept, scores, used(cotangents))
-    hidden_grad, kernel_grad = chunked.gradients(static, kernel, rows, logits)
-    kernel_grad = chunked.constrained(static, kernel_grad).astype(like.dtype)
+    rows = Rows(hidden, targets, kept, scores, used(cotangents))
+    hidden_grad, kernel_grad = chunked.gradients(plan.backward, kernel, rows, logits)
+    kernel_grad = constrained(plan.backward, kernel_grad).astype(like.dtype)
     return hidden_grad, kernel_grad, None, None
 
 
-_linear_logprob.defvjp(_forward, _backward, symbolic_zeros=True)
+_linear_scores.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def public(static: Static, scores: Scores) -> Scores:
+    """Return scores with the normalizer of divided logits."""
+    scale = 1.0 / static.temperature
+    return scores._replace(log_normalizer=scores.log_normalizer * scale)
 
 
 def used(cotangents) -> list[Array | None]:
-    """Return None for the entropy, or the log-probability, if it is not used."""
+    """Return None for what of the scores is not used."""
     is_zero = [isinstance(c, jax.custom_derivatives.SymbolicZero) for c in cotangents]
     return [None if z else c for z, c in zip(is_zero, cotangents, strict=True)]
 
 
-def _compute_kernel(static: Static, hidden, kernel):
+def _compute_kernel(plan: Plan, hidden, kernel):
     """Cast the kernel to the type of the products: whole, or later block by block."""
-    if static.block_size is not None:
+    if plan.forward.block_size is not None:
         return kernel
-    return chunked.constrained(static, kernel.astype(hidden.dtype))
+    return constrained(plan.forward, kernel.astype(hidden.dtype))

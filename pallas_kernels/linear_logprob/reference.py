@@ -145,6 +145,64 @@ def is_kept_between(
     return (mask | is_empty[..., None]) & (per_row < vocab_size)
 
 
+def words_between(
+    kept: Kept,
+    first: Int[Array, ""] | int,
+    width: int,
+    vocab_size: int,
+    *,
+    num_left_out: Int[Array, ""] | int = 0,
+) -> UInt[Array, "*dims W"]:
+    """Return `is_kept_between` as bits: c % 32 of word c // 32 is column first + c.
+
+    Args:
+        kept: the sets.
+        first: id of the first column; may be traced.
+        width: number of columns; those past the vocabulary are not kept.
+        vocab_size: of the whole.
+        num_left_out: first columns that are not kept either; may be traced.
+    """
+    num_words = -(-width // 32)
+    if kept.dtype == jnp.uint32:
+        _check_words(kept, vocab_size)
+        places = (first >> 5) + jnp.arange(num_words + 1, dtype=jnp.int32)
+        words = jnp.take(kept, places, axis=-1, mode="fill", fill_value=0)
+        shift = jnp.asarray(first & 31, jnp.uint32)
+        # In two steps: a shift by all 32 bits means nothing.
+        later = (words[..., 1:] << 1) << (31 - shift)
+        words, is_empty = (words[..., :-1] >> shift) | later, jnp.all(kept == 0, -1)
+    elif kept.dtype == jnp.int32:
+        words = _scatter_bits(jnp.where(kept < 0, -1, kept - first), num_words)
+        is_empty = jnp.all(kept < 0, axis=-1)
+    else:
+        raise _wrong_type(kept)
+    words = jnp.where(is_empty[..., None], jnp.uint32(0xFFFFFFFF), words)
+    last = jnp.clip(vocab_size - first, 0, width)
+    counted = _ones_below(last, num_words) & ~_ones_below(num_left_out, num_words)
+    return words & counted.reshape((1,) * (kept.ndim - 1) + (num_words,))
+
+
+def _ones_below(column: Int[Array, ""] | int, num_words: int) -> UInt[Array, " W"]:
+    """Return words with the bits of all columns before one."""
+    count = jnp.clip(column - 32 * jnp.arange(num_words, dtype=jnp.int32), 0, 32)
+    some = (jnp.uint32(1) << jnp.minimum(count, 31).astype(jnp.uint32)) - 1
+    return jnp.where(count == 32, jnp.uint32(0xFFFFFFFF), some)
+
+
+def _scatter_bits(ids: Int[Array, "*dims C"], num_words: int) -> UInt[Array, "*dims W"]:
+    """Set the bits of ids; those of other words are dropped."""
+    *rows, _ = ids.shape
+    ids = jnp.where((ids < 0) | (ids >= 32 * num_words), 32 * num_words, ids)
+    # Bits are added up, so an id that is there twice must count once.
+    ids = jnp.sort(ids.reshape(-1, ids.shape[-1]), axis=-1)
+    is_again = jnp.pad(ids[:, 1:] == ids[:, :-1], ((0, 0), (1, 0)))
+    bits = jnp.uint32(1) << (ids & 31).astype(jnp.uint32)
+    bits = jnp.where(is_again, jnp.uint32(0), bits)
+    none = jnp.zeros((num_words,), jnp.uint32)
+    add = jax.vmap(lambda word, bit: none.at[word].add(bit, mode="drop"))
+    return add(ids >> 5, bits).reshape(*rows, num_words)
+
+
 def _scatter(ids: Int[Array, "*dims C"], vocab_size: int) -> Bool[Array, "*dims V"]:
     # Out of range, and dropped, where there is no id: -1 would be the last token.
     ids = jnp.where((ids < 0) | (ids > vocab_size), vocab_size, ids)

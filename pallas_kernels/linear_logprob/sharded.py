@@ -19,14 +19,20 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt
 
-from pallas_kernels._dispatch import device
-from pallas_kernels.linear_logprob import api, chunked
-from pallas_kernels.linear_logprob.chunked import Static
+from pallas_kernels import _dispatch
+from pallas_kernels.linear_logprob import api, chunked, mosaic_sm90
+from pallas_kernels.linear_logprob.api import Cut, Plan
+from pallas_kernels.linear_logprob.blocks import Rows, Static
+from pallas_kernels.linear_logprob.request import Request
 
 # A chunk on one device, after gathering, and columns of a block: float32 logits of
 # 16 MiB. The kernel's part is in the type of the products and read at little cost.
 CHUNK_TOKENS = 2**11
 BLOCK_SIZE = 2**11
+# Of the Mosaic kernel: tokens of a chunk forward, whose hidden states are gathered, and
+# columns of a block backward: gradients to the logits of 16 MiB.
+MOSAIC_CHUNK_TOKENS = 2**13
+MOSAIC_BLOCK_SIZE = 2**12
 
 AxisNames = tuple[str, ...]
 
@@ -73,6 +79,7 @@ def sharded_linear_logprob(
     vocab_size: int | None = None,
     chunk_size: int | None = None,
     block_size: int | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "R S"], Float[Array, "R S"]]:
     """Score one target per place of every row, as `linear_logprob` does.
 
@@ -94,38 +101,48 @@ def sharded_linear_logprob(
         chunk_size: most tokens of one chunk on one device, those of other devices that
             it gathers included; None chooses.
         block_size: most columns that a device looks at together; None chooses.
+        implementation: "mosaic" or "chunked", as for `linear_logprob`; None chooses.
 
     Returns:
         Log-probabilities and entropies, float32, in nats, cut as the tokens are.
 
     Raises:
-        ValueError: a dimension that its axes do not divide.
+        ValueError: a dimension that its axes do not divide, or no implementation has
+            that name, or the one asked for cannot do this.
     """
     layout = _Layout(mesh, row_axes, place_axes, vocab_axes)
     _check(layout, hidden.shape, kernel.shape)
     gather_axes = tuple(axis for axis in vocab_axes if axis in layout.token_axes)
     num_gathered = layout.num_parts(gather_axes)
-    num_columns = kernel.shape[1] // layout.num_parts(vocab_axes)
     num_tokens = targets.size // layout.num_parts(layout.token_axes)
-    chunk_size = chunk_size or _default_chunk_size(
-        num_tokens * num_gathered, num_columns
+    request = Request(
+        num_tokens=num_tokens * num_gathered,
+        width=hidden.shape[2],
+        num_columns=kernel.shape[1] // layout.num_parts(vocab_axes),
+        dtype=hidden.dtype,
+        # The part of a device is cast before.
+        kernel_dtype=hidden.dtype,
+        device=_dispatch.device(),
+        has_sets=kept is not None,
+        chunk_size=chunk_size,
+        block_size=block_size,
     )
-    if block_size is None and device().platform != "cpu":
-        block_size = BLOCK_SIZE
-    if block_size is not None and block_size >= num_columns:
-        block_size = None
+    choice = _dispatch.choose(
+        "sharded_linear_logprob", _IMPLEMENTATIONS, request, name=implementation
+    )
     static = api.make_static(
         kernel.shape[1],
         temperature=temperature,
         soft_cap=soft_cap,
         vocab_size=vocab_size,
-    )._replace(
-        num_chunks=chunked.num_chunks(num_tokens, max(1, chunk_size // num_gathered)),
-        block_size=block_size,
-        gather_axes=gather_axes,
-        vocab_axes=vocab_axes,
+    )._replace(gather_axes=gather_axes, vocab_axes=vocab_axes)
+    plan = Plan(
+        *(
+            _apply(static, cut, request, num_gathered)
+            for cut in choice.function(request)
+        )
     )
-    return _sharded(static, layout, hidden, kernel, targets, kept)
+    return _sharded(plan, layout, hidden, kernel, targets, kept)
 
 
 def _check(layout: _Layout, hidden_shape, kernel_shape) -> None:
@@ -141,44 +158,80 @@ def _check(layout: _Layout, hidden_shape, kernel_shape) -> None:
             )
 
 
-def _default_chunk_size(num_tokens: int, num_columns: int) -> int:
-    if device().platform == "cpu":
-        return api.default_chunk_size(num_tokens, num_columns)
-    return CHUNK_TOKENS
+def _apply(static: Static, cut: Cut, request: Request, num_gathered: int) -> Static:
+    """Return what is known before tracing, with the numbers of one pass."""
+    assert cut.chunk_size is not None
+    own = cut._replace(chunk_size=max(1, cut.chunk_size // num_gathered))
+    return api.apply_cut(
+        static, own, request.num_tokens // num_gathered, request.num_columns
+    )
+
+
+def _mosaic(request: Request) -> tuple[Cut, Cut]:
+    blocks, chunk_size = api.kernel_blocks(request), MOSAIC_CHUNK_TOKENS
+    if request.has_sets:
+        chunk_size = min(chunk_size, api.set_chunk_size(request.num_columns))
+    forward = Cut(request.chunk_size or chunk_size, request.block_size, blocks)
+    chunk_size = request.chunk_size or CHUNK_TOKENS
+    backward = Cut(chunk_size, request.block_size or MOSAIC_BLOCK_SIZE, blocks)
+    return forward, backward
+
+
+def _chunked(request: Request) -> tuple[Cut, Cut]:
+    chunk_size, block_size = request.chunk_size, request.block_size
+    if request.device.platform != "cpu":
+        cut = Cut(chunk_size or CHUNK_TOKENS, block_size or BLOCK_SIZE)
+    else:
+        num_tokens, num_columns = request.num_tokens, request.num_columns
+        cut = Cut(
+            chunk_size or api.default_chunk_size(num_tokens, num_columns), block_size
+        )
+    return cut, cut
+
+
+_IMPLEMENTATIONS = (
+    _dispatch.Implementation(
+        name="mosaic", function=_mosaic, unsupported=mosaic_sm90.unsupported
+    ),
+    _dispatch.Implementation(name="chunked", function=_chunked),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sharded(static: Static, layout: _Layout, hidden, kernel, targets, kept):
-    scores = _scores(static, layout, hidden, kernel.astype(hidden.dtype), targets, kept)
+def _sharded(plan: Plan, layout: _Layout, hidden, kernel, targets, kept):
+    scores = _scores(
+        plan.forward, layout, hidden, kernel.astype(hidden.dtype), targets, kept
+    )
     return scores.logprobs, scores.entropy
 
 
-def _forward(static: Static, layout: _Layout, hidden, kernel, targets, kept):
+def _forward(plan: Plan, layout: _Layout, hidden, kernel, targets, kept):
     hidden, targets, kept = jax.tree.map(lambda x: x.value, (hidden, targets, kept))
     master = kernel.value
     kernel = jax.lax.with_sharding_constraint(
         master.astype(hidden.dtype),
         jax.sharding.NamedSharding(layout.mesh, layout.kernel),
     )
-    scores = _scores(static, layout, hidden, kernel, targets, kept)
+    scores = _scores(plan.forward, layout, hidden, kernel, targets, kept)
     # The gradient has the type of the kernel it is for; only its type is kept.
     like = jnp.zeros((0,), master.dtype)
     residuals = (hidden, kernel, targets, kept, scores, like)
     return (scores.logprobs, scores.entropy), residuals
 
 
-def _backward(static: Static, layout: _Layout, residuals, cotangents):
+def _backward(plan: Plan, layout: _Layout, residuals, cotangents):
     hidden, kernel, targets, kept, scores, like = residuals
     summed_axes = tuple(a for a in layout.token_axes if a not in layout.vocab_axes)
 
     def local(kernel, rows):
         shape, rows = rows.hidden.shape, _flat(rows)
-        hidden_grad, kernel_grad = chunked.gradients(static, kernel, rows)
+        hidden_grad, kernel_grad = chunked.gradients(plan.backward, kernel, rows)
         if summed_axes:
             kernel_grad = jax.lax.psum(kernel_grad, summed_axes)
         return hidden_grad.reshape(shape), kernel_grad
 
-    rows = chunked.Rows(hidden, targets, kept, scores, api.used(cotangents))
+    cotangents = [*api.used(cotangents), None]  # The normalizer is not returned.
+    rows = Rows(hidden, targets, kept, scores, cotangents)
     hidden_grad, kernel_grad = jax.shard_map(
         local,
         mesh=layout.mesh,
