@@ -5,7 +5,8 @@ r"""Compile what a reallocation of Llama 3.1 8B runs on eight H200s.
 
 Arguments: two allocations, and "cast", from float32 masters to bfloat16 copies; "mix",
 into averages in float32; or "identity", what the compiler makes of the cast when it is
-one jitted identity. Prints one line of JSON: bytes of one device. Used by
+one jitted identity. "kernel" after those: blocks are copied by the kernel wherever it
+can. Prints one line of JSON: bytes of one device. Used by
 `gpu_compile_test.py`.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from configs.compile_llama_8b import LLAMA_8B
+from pallas_kernels.interval_copy import mosaic
 from pallas_kernels.testing import aot
 from pallas_kernels.testing.hlo import collectives
 from realjax.bench.layout_pairs import Pair
@@ -205,8 +207,10 @@ def compile_identity(
     return aot.compile_for(machine, function, arrays, mesh=mesh).as_dict()
 
 
-def main(pair: str, kind: str) -> None:
+def main(pair: str, kind: str, copying: str = "") -> None:
     """Compile everything, then one line of JSON."""
+    if copying == "kernel":
+        mosaic.FEWEST_LAUNCHES = 0
     machine = aot.describe("h200x8")
     requests = make_requests(Pair.parse(pair), machine, is_mixed=kind == "mix")
     if kind == "identity":
@@ -229,4 +233,4 @@ def main(pair: str, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

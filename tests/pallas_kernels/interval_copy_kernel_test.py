@@ -58,7 +58,7 @@ def run(function, *arrays):
 
 def share(monkeypatch, programs, granules=2):
     """Let few programs do all the work, and read some granules at once."""
-    layout = mosaic.Blocks(elements=256, granules=granules, programs=programs)
+    layout = mosaic.Blocks(elements=1024, granules=granules, programs=programs)
     monkeypatch.setattr(mosaic, "default_blocks", lambda request: layout)
 
 
