@@ -80,14 +80,22 @@ def _shared_bytes(request: Request, blocks: Blocks) -> int:
     return Plan(request=request, blocks=blocks, is_in_part=True).shared_bytes
 
 
-def _tuned_blocks(request: Request) -> Blocks:
+def tuning_of(request: Request) -> tuple[tuple[jnp.dtype, ...], tuple[int, ...]]:
+    """Return the types and the shape that block sizes are measured for."""
     num_kv_heads, page_size = request.pages_shape[2:4]
+    num_tokens = request.num_columns * page_size
+    shape = (*request.query_shape, num_kv_heads, num_tokens)
+    return (jnp.dtype(request.dtype), jnp.dtype(request.pages_dtype)), shape
+
+
+def _tuned_blocks(request: Request) -> Blocks:
+    dtypes, shape = tuning_of(request)
     return _tuning.tuned(
         "paged_attention",
         default_blocks(request),
         device=request.device,
-        dtypes=(request.dtype, request.pages_dtype),
-        shape=(*request.query_shape, num_kv_heads, request.num_columns * page_size),
+        dtypes=dtypes,
+        shape=shape,
     )
 
 

@@ -52,11 +52,11 @@ def combine(
     return partials.weighted / total[..., None]
 
 
-def merged(
-    partials: Partials,
-) -> Partials:
+def merged(partials: Partials) -> Partials:
     """Make one part of several that are stacked as a first dimension."""
-    return _sum(partials, partials.maximum.max(axis=0), lambda x: x.sum(axis=0))
+    maximum = partials.maximum.max(axis=0, keepdims=True)
+    added = _sum(partials, maximum, lambda x: x.sum(axis=0))
+    return added._replace(maximum=maximum[0])
 
 
 def _sum(partials: Partials, maximum: Array, add: Callable[[Array], Array]) -> Partials:
