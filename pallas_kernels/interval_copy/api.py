@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Shaped
 from pallas_kernels import _dispatch
 from pallas_kernels.interval_copy import mosaic, slices
 from pallas_kernels.interval_copy.blocks import Block, Index, packed_dtype
-from pallas_kernels.interval_copy.plans import Plan, plan_of
+from pallas_kernels.interval_copy.plans import UNIT, Plan, plan_of
 from pallas_kernels.interval_copy.requests import (
     packing,
     request_of,
@@ -126,33 +126,31 @@ def plan_copy(
 ) -> Plan:
     """Write down what `copy` shall copy, as data.
 
-    Plans between arrays of equal shapes serve one compiled program where granule,
-    number of rows and the pairs of arrays are the same.
+    Plans between arrays of equal shapes serve one compiled program where their static
+    attributes and the numbers of their rows are the same.
 
     Args:
         sources: the arrays that are read, or `jax.ShapeDtypeStruct`s.
         targets: the arrays that are written, likewise.
         pairs: a block of a source, and the block of a target that it goes to.
-        granule: elements that are moved at once, a power of two, 128 or more; None
-            takes the most that this plan allows.
+        granule: elements that are moved at once at most, a power of two, 128 or more;
+            fewer where blocks are not made of so many. None takes what is best.
         num_rows: of each table, at least as many as there are blocks; None takes so
             many.
 
     Raises:
-        ValueError: the kernel cannot copy so, or the granule does not divide all
-            blocks, places and arrays.
+        ValueError: the kernel cannot copy so, or there is no such granule.
     """
     request = request_of(sources, targets, pairs, is_mixed=False)
     if reason := mosaic.unsupported_shapes(request):
         raise ValueError(f"No plan for these blocks: {reason}.")
-    most = mosaic.largest_granule(request)
-    if granule is not None and (granule % mosaic.THREADS or most % granule):
+    most = mosaic.LARGEST_GRANULE if granule is None else granule
+    if most < UNIT or most & (most - 1):
         raise ValueError(
-            f"Granules of {granule} elements do not fit: blocks, their places and"
-            f" arrays are multiples of {most}. Give a power of two from"
-            f" {mosaic.THREADS} to that, or None."
+            f"A granule of {granule} elements is none. Give a power of two, {UNIT} at"
+            " least, or None."
         )
-    return plan_of(request.rows, granule or most, num_rows=num_rows)
+    return plan_of(request.rows, most, num_rows=num_rows)
 
 
 def copy(
@@ -161,6 +159,7 @@ def copy(
     plan: Plan,
     *,
     eta: Float[Array, ""] | float | None = None,
+    layout: mosaic.Blocks | None = None,
 ) -> list[Shaped[Array, "..."]]:
     """Copy blocks of sources to blocks of targets by a plan that is data.
 
@@ -175,6 +174,7 @@ def copy(
             may overlap there.
         plan: from `plan_copy`.
         eta: the weight of what is read; None copies it.
+        layout: of the kernel; None takes what was measured.
 
     Returns:
         The targets as they are then.
@@ -185,7 +185,7 @@ def copy(
     request = request_of(sources, targets, [], is_mixed=eta is not None)
     if reason := mosaic.unsupported_types(request):
         raise ValueError(f"copy cannot run as 'mosaic': {reason}.")
-    return mosaic.copy(sources, targets, plan, request, eta=eta)
+    return mosaic.copy(sources, targets, plan, request, eta=eta, layout=layout)
 
 
 def explain_pack(

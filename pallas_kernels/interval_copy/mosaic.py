@@ -1,9 +1,9 @@
 """Pack and unpack as one kernel, which reads what to copy where from a table.
 
-    granules of all rows   0 1 2 3 4 5 | 6 7 | 8 9 10 11
-    programs               [0 . . . .]  [1 . . . . .] [2 …
+    rows        0 1 2 3 4 5 | 6 7 | 8 9 10 11
+    programs    [0 . . . .] [1 . . . . .] [2 …
 
-Every program (a block of 128 threads) takes an equal share of all granules, one behind
+Every program (a block of 128 threads) takes an equal share of all elements, one behind
 the other, so that one large block and a thousand small ones are work of the same kind.
 It finds its first row by bisection, and from there goes on granule by granule with
 additions alone. It reads a few granules before it writes them, so that some accesses
@@ -16,12 +16,13 @@ is the same for sm_80 and sm_90.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _tuning
@@ -29,9 +30,6 @@ from pallas_kernels.interval_copy import plans
 from pallas_kernels.interval_copy.plans import Plan
 from pallas_kernels.interval_copy.requests import Request
 from pallas_kernels.interval_copy.slices import average
-
-THREADS = 128
-"""Of a program; a granule has an element for each at least."""
 
 FEWEST_LAUNCHES = 4
 FEWEST_PACKED = 128
@@ -116,10 +114,10 @@ def unsupported_shapes(request: Request) -> str | None:
     """Return why the kernel cannot copy these blocks, or None."""
     if not request.rows:
         return "there is nothing to copy"
-    if request.divisor % THREADS:
+    if request.divisor % plans.UNIT:
         return (
-            f"it moves {THREADS} elements at once, and blocks, their places or arrays"
-            f" are multiples of {request.divisor} only"
+            f"it moves {plans.UNIT} elements at once, and blocks, their places or"
+            f" arrays are multiples of {request.divisor} only"
         )
     if request.num_outer > plans.MOST_OUTER:
         return (
@@ -146,14 +144,8 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def largest_granule(request: Request) -> int:
-    """Return the elements of the largest granule that everything is made of."""
-    divisor = request.divisor
-    return min(divisor & -divisor, LARGEST_GRANULE)
-
-
 def blocks_of(request: Request, granule: int) -> Blocks:
-    """Return the layout for a request that is copied by such granules."""
+    """Return the layout for a request that is copied by such granules at most."""
     return _tuning.tuned(
         "interval_copy",
         default_blocks(request),
@@ -184,7 +176,7 @@ def run(
         eta: the weight of the blocks; None copies them.
         layout: of the kernel; None takes what was measured.
     """
-    plan = plans.plan_of(request.rows, largest_granule(request))
+    plan = plans.plan_of(request.rows, LARGEST_GRANULE)
     return copy(sources, targets, plan, request, eta=eta, layout=layout)
 
 
@@ -207,22 +199,24 @@ def copy(
         eta: the weight of the blocks; None copies them.
         layout: of the kernel; None takes what was measured.
     """
-    granule = plan.granule
-    layout = layout or blocks_of(request, granule)
-    granules = sum(math.prod(target.shape) // granule for target in targets)
-    layout = dataclasses.replace(layout, programs=min(layout.programs, granules))
+    most = max(granule for launch in plan.granules for granule in launch)
+    layout = layout or blocks_of(request, most)
+    units = sum(math.prod(target.shape) // plans.UNIT for target in targets)
+    layout = dataclasses.replace(layout, programs=min(layout.programs, units))
     refs = {
-        number: jax.new_ref(targets[number].reshape(-1, granule))
+        number: jax.new_ref(_in_units(targets[number]))
         for number in sorted({pair[1] for launch in plan.pairs for pair in launch})
     }
     weights = [] if eta is None else [jnp.asarray(eta, jnp.float32).reshape(1)]
-    for table, pairs in zip(plan.tables, plan.pairs, strict=True):
+    for table, pairs, granules in zip(
+        plan.tables, plan.pairs, plan.granules, strict=True
+    ):
         froms = sorted({source for source, _ in pairs})
         tos = sorted({target for _, target in pairs})
-        places = tuple((froms.index(s), tos.index(t)) for s, t in pairs)
         body = functools.partial(
             _kernel,
-            places=places,
+            pairs=tuple((froms.index(s), tos.index(t)) for s, t in pairs),
+            granules=granules,
             num_sources=len(froms),
             is_mixed=eta is not None,
             layout=layout,
@@ -235,13 +229,18 @@ def copy(
         )(
             jnp.asarray(table),
             *weights,
-            *(sources[number].reshape(-1, granule) for number in froms),
+            *(_in_units(sources[number]) for number in froms),
             *(refs[number] for number in tos),
         )
     return [
         jax.freeze(refs[number]).reshape(target.shape) if number in refs else target
         for number, target in enumerate(targets)
     ]
+
+
+def _in_units(array: jax.Array) -> jax.Array:
+    # The compiler sees by the last dimension that accesses may be wide.
+    return array.reshape(-1, plans.UNIT)
 
 
 class _At(NamedTuple):
@@ -266,7 +265,8 @@ class _Box(NamedTuple):
 def _kernel(
     table: Any,
     *refs: Any,
-    places: tuple[tuple[int, int], ...],
+    pairs: tuple[tuple[int, int], ...],
+    granules: tuple[int, ...],
     num_sources: int,
     is_mixed: bool,
     layout: Blocks,
@@ -275,34 +275,32 @@ def _kernel(
     weight, refs = (refs[0], refs[1:]) if is_mixed else (None, refs)
     sources, targets = refs[:num_sources], refs[num_sources:]
     copies = [
-        functools.partial(_copy_run, sources[source], targets[target], weight, layout)
-        for source, target in places
+        _Copy(sources[source], targets[target], weight, granule, layout)
+        for (source, target), granule in zip(pairs, granules, strict=True)
     ]
-    group = max(1, min(layout.granules, layout.elements // sources[0].shape[1]))
-    start, stop = _share(table, group, layout.programs)
+    start, stop = _share(table, layout)
 
     def copy_row(state: tuple[Any, Any]) -> tuple[Any, Any]:
-        row, first = state
-        last = jnp.minimum(stop, table[row + 1, plans.FIRST])
-        box, at = _enter(table, row, first)
-        # `lax.switch` would leave a single branch out by itself, but not its operands.
-        if len(copies) == 1:
-            copies[0](box, at, last - first)
+        row, low = state
+        high = jnp.minimum(stop, table[row + 1, plans.FIRST])
+        branches = [functools.partial(one, table, row, low, high) for one in copies]
+        if len(branches) == 1:
+            branches[0]()
         else:
-            branches = [functools.partial(c, box, at, last - first) for c in copies]
             lax.switch(table[row, plans.PAIR], branches)
-        return row + 1, last
+        return row + 1, high
 
     lax.while_loop(
         lambda state: state[1] < stop, copy_row, (_row_of(table, start), start)
     )
 
 
-def _share(table: Any, group: int, programs: int) -> tuple[Any, Any]:
-    """Return the first granule of this program, and the one behind its last."""
+def _share(table: Any, layout: Blocks) -> tuple[Any, Any]:
+    """Return the first unit of this program, and the one behind its last."""
     total = table[table.shape[0] - 1, plans.FIRST]
-    share = _ceil(total, programs)
+    share = _ceil(total, layout.programs)
     # Whole groups, unless that would leave programs without any.
+    group = max(1, layout.elements // plans.UNIT)
     share = jnp.where(share >= group, _ceil(share, group) * group, share)
     start = jnp.minimum(lax.axis_index("program") * share, total)
     return start, jnp.minimum(start + share, total)
@@ -312,14 +310,14 @@ def _ceil(number: Any, divisor: int) -> Any:
     return lax.div(number + jnp.int32(divisor - 1), jnp.int32(divisor))
 
 
-def _row_of(table: Any, granule: Any) -> Any:
-    """Return the last row that begins no later than a granule, by bisection."""
+def _row_of(table: Any, unit: Any) -> Any:
+    """Return the last row that begins no later than a unit, by bisection."""
     num_rows = table.shape[0] - 1
 
     def halve(_: Any, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
         low, high = bounds
         middle = lax.div(low + high, jnp.int32(2))
-        is_later = table[middle, plans.FIRST] > granule
+        is_later = table[middle, plans.FIRST] > unit
         return jnp.where(is_later, low, middle), jnp.where(is_later, middle, high)
 
     bounds = (jnp.int32(0), jnp.int32(num_rows))
@@ -332,13 +330,11 @@ def _enter(table: Any, row: Any, granule: Any) -> tuple[_Box, _At]:
     def read(columns: Sequence[int]) -> tuple[Any, ...]:
         return tuple(table[row, column] for column in columns)
 
-    first, source, target, run = read(
-        (plans.FIRST, plans.SOURCE, plans.TARGET, plans.RUN)
-    )
+    source, target, run = read((plans.SOURCE, plans.TARGET, plans.RUN))
     box = _Box(
         run, read(plans.SIZES), read(plans.SOURCE_STRIDES), read(plans.TARGET_STRIDES)
     )
-    rest, in_run = _divide(granule - first, run)
+    rest, in_run = _divide(granule, run)
     rest, inner = _divide(rest, box.sizes[0])
     outer, middle = _divide(rest, box.sizes[1])
     steps = (inner, middle, outer)
@@ -388,44 +384,55 @@ def _next(box: _Box, at: _At) -> _At:
     )
 
 
-def _copy_run(
-    source: Any,
-    target: Any,
-    weight: Any,
-    layout: Blocks,
-    box: _Box,
-    at: _At,
-    count: Any,
-) -> None:
-    """Copy granules of one row between two arrays, some at once and then the rest."""
-    granule = source.shape[1]
-    group = max(1, min(layout.granules, layout.elements // granule))
-    load = _loader(granule, max(source.dtype.itemsize, target.dtype.itemsize))
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """The code for one pair of arrays: granules of a row, some at once."""
 
-    def copy_group(_: Any, at: _At, *, size: int) -> _At:
+    source: Any
+    target: Any
+    weight: Any
+    granule: int
+    layout: Blocks
+
+    def __call__(self, table: Any, row: Any, low: Any, high: Any) -> None:
+        """Copy what a row has between two units."""
+        group = max(1, min(self.layout.granules, self.layout.elements // self.granule))
+        # Shares may end within a granule: it belongs to the one that has its end.
+        units, first = jnp.int32(self.granule // plans.UNIT), table[row, plans.FIRST]
+        begin, end = lax.div(low - first, units), lax.div(high - first, units)
+        box, at = _enter(table, row, begin)
+        whole, rest = _divide(end - begin, jnp.int32(group))
+        copy_group = functools.partial(self._copy_group, box, group)
+        at = lax.fori_loop(0, whole, lambda _, at: copy_group(at), at)
+        if group > 1:
+            copy_one = functools.partial(self._copy_group, box, 1)
+            lax.fori_loop(0, rest, lambda _, at: copy_one(at), at)
+
+    def _copy_group(self, box: _Box, size: int, at: _At) -> _At:
         found = []
         for _ in range(size):
             found.append(at)
             at = _next(box, at)
-        values = [load(source, one.source) for one in found]
-        if weight is not None:
-            old = [load(target, one.target) for one in found]
+        values = [self._load(self.source, one.source) for one in found]
+        if self.weight is not None:
+            old = [self._load(self.target, one.target) for one in found]
             values = [
-                average(value, there, weight[0])
+                average(value, there, self.weight[0])
                 for value, there in zip(values, old, strict=True)
             ]
         for one, value in zip(found, values, strict=True):
-            target[one.target] = value.astype(target.dtype)
+            place = self._place(one.target)
+            self.target[place] = value.astype(self.target.dtype)
         return at
 
-    whole, rest = _divide(count, jnp.int32(group))
-    at = lax.fori_loop(0, whole, functools.partial(copy_group, size=group), at)
-    if group > 1:
-        lax.fori_loop(0, rest, functools.partial(copy_group, size=1), at)
+    def _load(self, ref: Any, place: Any) -> Any:
+        # Accesses of 16 bytes on the wider side.
+        width = max(self.source.dtype.itemsize, self.target.dtype.itemsize)
+        shape = self.granule // plans.UNIT, plans.UNIT
+        lanes = min(16 // width, shape[0])
+        layout = plgpu.Layout.WG_STRIDED(shape, vec_size=lanes)
+        return plgpu.load(ref.at[self._place(place)], layout=layout)
 
-
-def _loader(granule: int, itemsize: int) -> Callable[[Any, Any], Any]:
-    """Return what reads a granule, with accesses of 16 bytes on the wider side."""
-    lanes = min(16 // itemsize, granule // THREADS)
-    layout = plgpu.Layout.WG_STRIDED((granule,), vec_size=lanes)
-    return lambda ref, place: plgpu.load(ref.at[place], layout=layout)
+    def _place(self, granule: Any) -> Any:
+        units = self.granule // plans.UNIT
+        return pl.ds(granule * units, units)

@@ -6,11 +6,12 @@
     buffer  a a a a                          2 in the buffer
 
 The numbers are data: one program serves every plan between arrays of equal shapes, as
-long as the table has as many rows. All of them count granules, which are the elements
-that are read and written at once, so no access has to find out where it may begin.
+long as the table has as many rows. They count granules, which are the elements that are
+read and written at once, so no access has to find out where it may begin. A program
+knows the granule for each pair of a source and a target.
 
-A launch takes few pairs of a source and a target, as its program has code for each. A
-plan has a table for every launch.
+A launch takes few of those pairs, as its program has code for each. A plan has a table
+for every launch.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.interval_copy.blocks import (
     Aligned,
@@ -29,8 +31,11 @@ from pallas_kernels.interval_copy.blocks import (
     divisor_of,
 )
 
-# The columns. FIRST counts the granules of the rows before; strides and sizes go from
-# the innermost dimension outwards, and the outermost size follows from FIRST.
+UNIT = 128
+"""Elements of the smallest granule: one for each thread."""
+
+# The columns. FIRST counts the units of the rows before; strides and sizes go from the
+# innermost dimension outwards, and the outermost size follows from FIRST.
 FIRST, PAIR, SOURCE, TARGET, RUN = range(5)
 SIZES = (5, 6)
 SOURCE_STRIDES = (7, 8, 9)
@@ -52,14 +57,14 @@ class Plan:
     Attributes:
         tables: for each launch, its rows and one that ends them.
         pairs: for each launch, which (source, target) it copies between.
-        granule: elements that are read and written at once.
+        granules: for each launch and pair, elements read and written at once.
     """
 
     tables: tuple[Any, ...]
     pairs: tuple[tuple[tuple[int, int], ...], ...] = dataclasses.field(
         metadata={"static": True}
     )
-    granule: int = dataclasses.field(metadata={"static": True})
+    granules: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +99,11 @@ class Row:
     sizes: tuple[int, ...]
     source: _Side
     target: _Side
+
+    @property
+    def num_elements(self) -> int:
+        """The elements of the block."""
+        return self.run * math.prod(self.sizes)
 
     @property
     def divisor(self) -> int:
@@ -134,7 +144,7 @@ def rows_of(
 def divisor_of_all(
     rows: Sequence[Row], source_shapes: Sequence[Any], target_shapes: Sequence[Any]
 ) -> int:
-    """Return what all arrays and rows are made of: the elements of a largest granule.
+    """Return how many elements all arrays and rows are made of.
 
     Args:
         rows: of a plan.
@@ -146,19 +156,22 @@ def divisor_of_all(
     return math.gcd(*arrays, *(row.divisor for row in rows))
 
 
-def plan_of(rows: Sequence[Row], granule: int, *, num_rows: int | None = None) -> Plan:
+def plan_of(rows: Sequence[Row], most: int, *, num_rows: int | None = None) -> Plan:
     """Write a plan as numbers.
 
     Args:
-        rows: of at most `MOST_OUTER` dimensions beside the run.
-        granule: divides everything, see `divisor_of_all`.
+        rows: of at most `MOST_OUTER` dimensions beside the run; units divide them.
+        most: elements of a granule, a power of two.
         num_rows: of each table, so that other plans fit as well; None takes those there
             are.
 
     Raises:
         ValueError: a table has more rows than that.
     """
-    pairs = sorted({row.pair for row in rows}, key=lambda pair: pair[::-1])
+    granules: dict[tuple[int, int], int] = {}
+    for row in rows:
+        granules[row.pair] = math.gcd(row.divisor, granules.get(row.pair, most))
+    pairs = sorted(granules, key=lambda pair: pair[::-1])
     launches = [
         tuple(pairs[at : at + MOST_PAIRS]) for at in range(0, len(pairs), MOST_PAIRS)
     ]
@@ -170,14 +183,18 @@ def plan_of(rows: Sequence[Row], granule: int, *, num_rows: int | None = None) -
                 f"{len(own)} blocks do not fit in a table of {num_rows} rows. Give"
                 " `num_rows` at least as many."
             )
-        tables.append(_table(own, launch, granule, num_rows or len(own)))
-    return Plan(tables=tuple(tables), pairs=tuple(launches), granule=granule)
+        tables.append(_table(own, launch, granules, num_rows or len(own)))
+    return Plan(
+        tables=tuple(tables),
+        pairs=tuple(launches),
+        granules=tuple(tuple(granules[pair] for pair in pairs) for pairs in launches),
+    )
 
 
 def _table(
     rows: Sequence[Row],
     launch: tuple[tuple[int, int], ...],
-    granule: int,
+    granules: dict[tuple[int, int], int],
     num_rows: int,
 ) -> np.ndarray | jax.Array:
     table = np.zeros((num_rows + 1, NUM_COLUMNS), np.int32)
@@ -185,6 +202,7 @@ def _table(
     table[:, [RUN, *SIZES]] = 1
     first = 0
     for number, row in enumerate(rows):
+        granule = granules[row.pair]
         table[number, FIRST] = first
         table[number, PAIR] = launch.index(row.pair)
         table[number, SOURCE] = row.source.base // granule
@@ -198,10 +216,11 @@ def _table(
         ):
             strides = [stride // granule for stride in side.strides]
             table[number, columns[: len(strides)]] = strides
-        first += row.run // granule * math.prod(row.sizes)
+        first += row.num_elements // UNIT
     table[len(rows) :, FIRST] = first
-    sources = _moving([row.source for row in rows], granule, num_rows + 1)
-    targets = _moving([row.target for row in rows], granule, num_rows + 1)
+    each = [granules[row.pair] for row in rows]
+    sources = _moving([row.source for row in rows], each, num_rows + 1)
+    targets = _moving([row.target for row in rows], each, num_rows + 1)
     if sources is None and targets is None:
         return table
     out = jnp.asarray(table)
@@ -212,7 +231,9 @@ def _table(
     return out
 
 
-def _moving(sides: Sequence[_Side], granule: int, num_rows: int) -> jax.Array | None:
+def _moving(
+    sides: Sequence[_Side], granules: Sequence[int], num_rows: int
+) -> jax.Array | None:
     """Return what starts that are not known yet add to each row, in granules."""
     values, divisors, factors = [], [], []
     width = max((len(side.moving) for side in sides), default=0)
@@ -220,7 +241,7 @@ def _moving(sides: Sequence[_Side], granule: int, num_rows: int) -> jax.Array | 
         return None
     # The last value is 0, for rows that have fewer.
     places = np.full((num_rows, width), sum(len(side.moving) for side in sides))
-    for number, side in enumerate(sides):
+    for number, (side, granule) in enumerate(zip(sides, granules, strict=True)):
         for column, (stride, start) in enumerate(side.moving):
             places[number, column] = len(values)
             multiple = divisor_of(start)
@@ -228,7 +249,7 @@ def _moving(sides: Sequence[_Side], granule: int, num_rows: int) -> jax.Array | 
             divisors.append(multiple)
             factors.append(stride * multiple // granule)
     known = jnp.stack([jnp.asarray(value, jnp.int32).reshape(()) for value in values])
-    terms = known // np.array(divisors, np.int32) * np.array(factors, np.int32)
+    terms = lax.div(known, np.array(divisors, np.int32)) * np.array(factors, np.int32)
     return jnp.pad(terms, (0, 1))[places].sum(axis=1)
 
 

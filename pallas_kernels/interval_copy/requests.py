@@ -5,7 +5,6 @@ of a target. A buffer is a target of which every block is a part.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,11 +46,6 @@ class Request:
     def num_pairs(self) -> int:
         """Different pairs of a source and a target."""
         return len({row.pair for row in self.rows})
-
-    @property
-    def num_elements(self) -> int:
-        """The elements of all blocks."""
-        return sum(row.run * math.prod(row.sizes) for row in self.rows)
 
     @property
     def divisor(self) -> int:

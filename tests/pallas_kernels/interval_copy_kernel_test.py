@@ -1,7 +1,5 @@
 """The kernel that packs and unpacks, interpreted: equal bits, no races, its plans."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ from pallas_kernels import _dispatch
 from pallas_kernels.interval_copy import (
     Aligned,
     Block,
+    bench,
     copy,
     explain_pack,
     explain_unpack,
@@ -413,10 +412,9 @@ def test_starts_that_may_be_anywhere_are_not_for_the_kernel():
 def test_a_plan_that_does_not_fit_is_refused():
     array = jax.ShapeDtypeStruct((4, 256), np.float32)
     whole = Block(input=0, size=(4, 256))
-    with pytest.raises(ValueError, match="Granules of 4096 elements do not fit"):
-        plan_copy([array], [array], [(whole, whole)], granule=4096)
-    with pytest.raises(ValueError, match="Granules of 64 elements do not fit"):
-        plan_copy([array], [array], [(whole, whole)], granule=64)
+    for granule in (64, 384):
+        with pytest.raises(ValueError, match=f"granule of {granule} elements is none"):
+            plan_copy([array], [array], [(whole, whole)], granule=granule)
     with pytest.raises(ValueError, match="2 blocks do not fit in a table of 1 row"):
         plan_copy([array], [array], [(whole, whole)] * 2, num_rows=1)
     other = Block(input=0, size=(2, 256), start=(0, 0))
@@ -426,7 +424,30 @@ def test_a_plan_that_does_not_fit_is_refused():
         short = Block(input=0, size=(1, 96), start=(0, 0))
         plan_copy([array], [array], [(short, short)])
     plan = plan_copy([array], [array], [(whole, whole)])
-    assert plan.granule == math.gcd(4 * 256, mosaic.LARGEST_GRANULE)
+    assert plan.granules == ((1024,),)
     with pytest.raises(ValueError, match="copy cannot run as 'mosaic': it needs"):
         zeros = jnp.zeros((4, 256))
         copy([zeros], [zeros], plan)
+
+
+TINY = [case for case in bench.cases() if case.is_tiny]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if place % 2 else [])
+        for place, case in enumerate(TINY)
+    ],
+)
+def test_cases_of_the_benchmark_are_exact(case):
+    inputs = case.inputs(jax.random.key(0))
+    out, num_kernels = run(case.implementations["mosaic"], *inputs)
+    assert num_kernels == 1
+    expected = case.reference(*inputs)
+    others = jax.jit(case.implementations["slices"])(*inputs)
+    for got, other, wanted in zip(
+        *map(jax.tree.leaves, (out, others, expected)), strict=True
+    ):
+        np.testing.assert_array_equal(bits(got), bits(wanted))
+        np.testing.assert_array_equal(bits(other), bits(wanted))
