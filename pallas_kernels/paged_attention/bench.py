@@ -170,14 +170,15 @@ TINY = {
         lengths=(140, 96),
         stored=jnp.int8,
         holes=((0, 1), (1, 0)),
+        # So few stages that copies go to where others were.
+        blocks=Blocks(rows=8, keys=64, stages=2, splits=1),
     ),
     "5 tokens of a group of 3 in float8_e4m3fn, moved on": Shape(
         heads=(6, 2, 64),
         lengths=(190, 133),
         num_tokens=5,
         stored=jnp.float8_e4m3fn,
-        page_size=8,
-        first_page=9,
+        first_page=2,
         window=70,
     ),
     "keys in 3 parts, a window, a soft cap": Shape(

@@ -14,14 +14,15 @@ Only pages that a tile sees are read: from the window of its first token on, to 
 place of its last. The copy engine brings the next steps while one is computed; pages of
 8 bits come as they are, and are widened from shared memory to shared memory.
 
-A step of K = 128 in bfloat16 is 32 KiB, in 8 bits 16 KiB. The defaults keep a block of
-threads below 75 KiB, so that three have room on a multiprocessor: with two stages
-each, between 96 and 192 KiB are on their way to it. Memory needs about 33 to be busy:
-4.3 TB/s for the microsecond that a copy may take, over 132 multiprocessors.
+A step of K = 128 in bfloat16 is 32 KiB, in 8 bits 16 KiB. With the default blocks three
+or more blocks of threads have room on a multiprocessor, which has then between 96 and
+192 KiB on their way. 33 KiB would keep memory busy if a copy took a microsecond: 4.3
+TB/s over 132 multiprocessors. Heads of 256 leave room for one, with 64 to 128 KiB.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,8 @@ def default_blocks(request: Request) -> Blocks:
     if jnp.dtype(request.pages_dtype).itemsize == 1:
         most -= 8
     rows = next((n for n in (8, 16, 32) if num_rows <= n <= most), most)
-    keys = 64
+    # A step is to bring enough to be worth its fixed time.
+    keys = 128 if head_dim == 64 and rows <= 16 else 64
     # Three blocks of threads to a multiprocessor, twice over; not for a few steps each.
     wanted = -(-6 * _NUM_PROCESSORS // (batch * num_kv_heads * -(-num_rows // rows)))
     room = request.num_columns * page_size // (4 * keys)
@@ -67,17 +69,23 @@ def default_blocks(request: Request) -> Blocks:
 def candidates(request: Request) -> tuple[Blocks, ...]:
     """Return blocks worth a try on a GPU, the default first."""
     default = default_blocks(request)
+    is_small = default.rows <= 16
     found = [default]
-    for stages in (2, 3, 4, 6):
-        for splits in sorted({1, 2, 4, 8, default.splits}):
-            blocks = dataclasses.replace(default, stages=stages, splits=splits)
-            if blocks != default and _shared_bytes(request, blocks) <= _SHARED_BYTES:
-                found.append(blocks)
+    for rows, keys, stages, splits in itertools.product(
+        sorted({default.rows} if is_small else {32, default.rows}),
+        (64, 128) if is_small else (64,),
+        (2, 3, 4),
+        sorted({1, 2, 4, default.splits}),
+    ):
+        blocks = Blocks(rows=rows, keys=keys, stages=stages, splits=splits)
+        if blocks != default and _shared_bytes(request, blocks) <= _SHARED_BYTES:
+            found.append(blocks)
     return tuple(found)
 
 
 def _shared_bytes(request: Request, blocks: Blocks) -> int:
-    return Plan(request=request, blocks=blocks, is_in_part=True).shared_bytes
+    is_in_part = blocks.splits > 1
+    return Plan(request=request, blocks=blocks, is_in_part=is_in_part).shared_bytes
 
 
 def tuning_of(request: Request) -> tuple[tuple[jnp.dtype, ...], tuple[int, ...]]:
@@ -117,12 +125,17 @@ def unsupported(request: Request) -> str | None:
             f"pages are {pages_dtype}, and to queries of {dtype} it takes that type,"
             " int8 and float8_e4m3fn"
         )
+    if request.is_scaled and pages_dtype == dtype:
+        return f"pages of {pages_dtype} have scales, and it takes them with 8 bits only"
     head_dim, page_size = request.query_shape[3], request.pages_shape[3]
     if head_dim not in (64, 128, 256):
         return f"heads have {head_dim} dimensions, and it takes 64, 128 and 256"
-    if page_size not in (8, 16, 32) and page_size % 64:
+    # The copy engine writes rows of 128 bytes, and scales have 4 bytes a token.
+    least = 32 if request.is_scaled else 8
+    if page_size % least:
+        scaled = " with scales" if request.is_scaled else ""
         return (
-            f"pages have {page_size} tokens, and it takes 8, 16, 32 and multiples of 64"
+            f"pages{scaled} have {page_size} tokens, and it takes multiples of {least}"
         )
     return None
 
@@ -204,7 +217,7 @@ def _launch(
         parts = (batch, num_kv_heads, num_parts)
         dims = ((plan.head_dim, blocks.rows), (blocks.rows,), (blocks.rows,))
         outs = tuple(jax.ShapeDtypeStruct((*parts, *d), jnp.float32) for d in dims)
-    window = tile.NEVER if rows.window is None else rows.window
+    window = tile.UNLIMITED if rows.window is None else rows.window
     scalars = jnp.stack([jnp.asarray(x, jnp.int32) for x in (layer, num_pages, window)])
     whole = (x.astype(jnp.int32) for x in (rows.table, rows.first_page, rows.start))
     arrays = [grouped, *pages[:2], *whole, scalars, scale.astype(jnp.float32)[None]]

@@ -4,9 +4,9 @@
     memory      fetch 2    fetch 3    …                    two stages
     matrices       scores, weighted  scores, weighted  …
 
-Pages come to shared memory by units: a page, or `keys` tokens of a page that is longer.
-What is of no page, or of none that the tile sees, is some page that is there: it has
-come already for another unit, or will, and its positions are put after all queries.
+Pages come to shared memory by units: a page, or some tokens of one that is longer than
+a step. In the place of what is no page, or is none that the tile sees, another one
+comes, of which no query sees anything.
 """
 
 import dataclasses
@@ -24,7 +24,10 @@ from pallas_kernels.paged_attention.request import Request
 
 LOG2_E = math.log2(math.e)
 NEVER = 2**31 - 1
-"""A position after that of any query; a window without limit."""
+"""A position after that of any query."""
+
+UNLIMITED = 2**30
+"""A window over all there is, from which positions can be taken without overflow."""
 
 _BOTH = plgpu.Layout.WGMMA
 # Of a key, what a thread has lies side by side: 4 bytes, or the 8 that become of them.
@@ -100,8 +103,8 @@ class Plan:
 
     @property
     def unit(self) -> int:
-        """Tokens of a copy."""
-        return min(self.page_size, self.blocks.keys)
+        """Tokens of a copy: a page, or what divides both it and a step."""
+        return math.gcd(self.page_size, self.blocks.keys)
 
     @property
     def units_of_step(self) -> int:
@@ -142,7 +145,8 @@ class Plan:
         found = scratch(self).values()
         arrays = [x for x in found if not isinstance(x, plgpu.Barrier)]
         sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
-        return sum(sizes) + self.reduction_bytes
+        whole = lambda size: -(-size // 1024) * 1024  # Each begins on its own KiB.
+        return sum(map(whole, sizes)) + whole(self.reduction_bytes)
 
 
 def scratch(plan: Plan) -> dict[str, Any]:
@@ -222,11 +226,12 @@ class _Tile:
         self.plan, self.inputs, self.shared = plan, inputs, shared
         self.row, self.head, part = map(jax.lax.axis_index, ("row", "head", "part"))
         blocks = plan.blocks
-        self.part = part
+        self.part = part  # All splits of the first tile, then those of the next.
         tile, split = _over(part, blocks.splits), jax.lax.rem(part, blocks.splits)
         self.first_row = tile * blocks.rows
         self.rows = pl.ds(self.first_row, blocks.rows)
-        self.layer, num_columns, self.window = (inputs.scalars[i] for i in range(3))
+        self.layer, num_columns, window = (inputs.scalars[i] for i in range(3))
+        self.window = jnp.minimum(window, UNLIMITED)
         before = inputs.first_page[self.row] * plan.page_size
         self.start = inputs.start[self.row] - before
         first = _over(self.first_row, plan.group_size)
@@ -245,6 +250,7 @@ class _Tile:
         self.begin = begin + split * most * plan.units_of_step
 
     def units(self, step: Any) -> list[Any]:
+        """Return the numbers of a step's units."""
         first = self.begin + step * self.plan.units_of_step
         return [first + i for i in range(self.plan.units_of_step)]
 
@@ -316,9 +322,10 @@ def _step(tile: _Tile, step: Any, found: tuple[Any, ...]) -> tuple[Any, ...]:
         functools.partial(tile.fetch, name, after, next_places)
     )
     _await(shared["keys_arrived"].at[stage])
+    key_scales = _scales(tile, "key_scales", stage)
     keys = _wide(tile, shared["keys"].at[stage])
     scores = _product(keys, shared["queries"].transpose((1, 0)))
-    scores = _scores(tile, scores, _scales(tile, "key_scales", stage))
+    scores = _scores(tile, scores, key_scales)
     fetch("keys")
     sees = _sees(tile, step, places)
     scores = jnp.where(sees, scores, OUT_OF_SIGHT * LOG2_E)
@@ -364,7 +371,10 @@ def _product(left: Any, right: Any) -> Any:
 
 
 def _wide(tile: _Tile, stored: Any) -> Any:
-    """Return keys or values as the matrix units take them, in shared memory."""
+    """Return keys or values as the matrix units take them, in shared memory.
+
+    After it, copies may begin to where they and their scales were.
+    """
     if not tile.plan.has_eight_bits:
         return stored
     wide = tile.shared["wide"]
