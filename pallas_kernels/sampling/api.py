@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import _dispatch
 from pallas_kernels.linear_logprob.reference import scaled_logits
-from pallas_kernels.sampling import bisection, reference
+from pallas_kernels.sampling import bisection, mosaic, reference
 from pallas_kernels.sampling.filters import (
     LARGEST_ID_SET,
     Draw,
@@ -148,6 +148,9 @@ def _never(request: Request) -> str | None:
 
 
 _IMPLEMENTATIONS = (
+    _dispatch.Implementation(
+        name="mosaic", function=mosaic.sample, unsupported=mosaic.unsupported
+    ),
     _dispatch.Implementation(name="bisection", function=bisection.sample),
     _dispatch.Implementation(name="sorted", function=reference.sample, unwise=_never),
 )

@@ -57,6 +57,21 @@ def draw_of_highest(
     filters: Filters,
 ) -> Draw:
     """Draw from few tokens: the highest logits of each row, in order, and their ids."""
+    below, weights = kept_of_highest(highest, logits, filters)
+    places = inverse_cdf(weights, uniforms[:, 0])
+    log_total, entropy = moments(below, weights)
+    return Draw(
+        tokens=_take(ids, places),
+        logprobs=_take(below, places) - log_total,
+        entropy=entropy,
+        kept=jnp.where(weights > 0, ids, -1),
+    )
+
+
+def kept_of_highest(
+    highest: Float[Array, "B C"], logits: Float[Array, "B V"], filters: Filters
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    """Return what `exponentials` does, with weight 0 where the filters remove."""
     below, weights = exponentials(highest)
     keep = (weights > 0) & (weights >= filters.min_p)
     if filters.top_p < 1:
@@ -66,15 +81,7 @@ def draw_of_highest(
         # The tokens are in order: keep those with less than top_p before them.
         before = jnp.cumsum(weights, axis=-1) - weights
         keep &= before < filters.top_p * total
-    weights = jnp.where(keep, weights, 0.0)
-    places = inverse_cdf(weights, uniforms[:, 0])
-    log_total, entropy = moments(below, weights)
-    return Draw(
-        tokens=_take(ids, places),
-        logprobs=_take(below, places) - log_total,
-        entropy=entropy,
-        kept=jnp.where(keep, ids, -1),
-    )
+    return below, jnp.where(keep, weights, 0.0)
 
 
 def greedy(

@@ -153,3 +153,26 @@ def _largest(weights, count: int):
 
 def _take(x, places, missing):
     return jnp.take_along_axis(x, places, axis=1, mode="fill", fill_value=missing)
+
+
+def ids_of_bits(
+    bits: UInt[Array, "B W"], count: int, *, missing: int
+) -> Int[Array, "B C"]:
+    """Return the ids of the first `count` bits of each row, in order.
+
+    Args:
+        bits: as `pack` returns them.
+        count: C.
+        missing: stands in the places past the bits that there are.
+    """
+    sums = jnp.cumsum(jax.lax.population_count(bits).astype(jnp.int32), axis=-1)
+    ranks = jnp.arange(1, count + 1, dtype=jnp.int32)
+    word = jax.vmap(lambda row: jnp.searchsorted(row, ranks))(sums)
+    sums = jnp.pad(sums, ((0, 0), (1, 0)))  # Of the words before.
+    rank = ranks[None, :] - jnp.take_along_axis(sums, word, axis=1)
+    words = _take(bits, word, 0)
+    lanes = jnp.arange(32, dtype=jnp.uint32).reshape(1, 1, 32)
+    ones = ((words[:, :, None] >> lanes) & 1).astype(jnp.int32)
+    is_bit = (jnp.cumsum(ones, axis=-1) == rank[:, :, None]) & (ones == 1)
+    ids = 32 * word + jnp.argmax(is_bit, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.any(is_bit, axis=-1), ids, missing)

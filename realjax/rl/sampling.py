@@ -21,7 +21,7 @@ import numpy as np
 
 from pallas_kernels import sampling as kernels
 from pallas_kernels.linear_logprob import is_kept, kept_logits
-from pallas_kernels.sampling import LARGEST_ID_SET, Draw
+from pallas_kernels.sampling import LARGEST_ID_SET, Draw, Form
 from realjax.core.arrays import Array, Bool, Float, Int, Key, UInt
 
 __all__ = [
@@ -113,7 +113,7 @@ class History(NamedTuple):
     in_completion: Bool[Array, "B V"] | None = None
 
 
-def kept_width(sampling: Sampling, vocab_size: int) -> tuple[str, int] | None:
+def kept_width(sampling: Sampling, vocab_size: int) -> tuple[Form, int] | None:
     """Return the form of the sets `sample` records, and the width of one.
 
     Returns:

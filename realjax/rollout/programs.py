@@ -26,7 +26,7 @@ from realjax.models.axes import PAGES
 from realjax.models.pages import Pool
 from realjax.parallel.sharding import axes_spec, replicated, rows_sharding
 from realjax.rl import sampling as sampling_lib
-from realjax.rl.sampling import History, Sampling
+from realjax.rl.sampling import Draw, History, Sampling
 from realjax.rollout import rows as rows_lib
 from realjax.rollout.rows import OF_ROW, ROW, Rollout, Rows, axes_of, kept_dtype
 
@@ -273,12 +273,11 @@ class Programs:
             constrain = self.program.partition.constrain
             logits = heads.logits(parameters, config, hidden[:, 0], constrain)
             with jax.named_scope("sample"):
-                draw = sampling_lib.sample(
+                draw = self._sample(
                     logits,
                     jax.vmap(jax.random.fold_in)(keys, state.lengths - prompt_lengths),
-                    self.sampling,
-                    forbidden=self._forbidden(state.recent, state.lengths < minimums),
-                    history=state.history,
+                    self._forbidden(state.recent, state.lengths < minimums),
+                    state.history,
                 )
             tokens = jnp.where(state.is_alive, draw.tokens, 0)
             new_lengths = state.lengths + state.is_alive
@@ -397,6 +396,21 @@ class Programs:
             bad = sampling_lib.bad_word_tokens(recent, sampling, vocab_size)
             forbidden = bad if forbidden is None else forbidden | bad
         return forbidden
+
+    def _sample(self, logits, keys, forbidden, history: History) -> Draw:
+        """Draw for every slot, on the device that has its logits."""
+
+        def draw(logits, keys, forbidden, history) -> tuple[Array | None, ...]:
+            return tuple(
+                sampling_lib.sample(
+                    logits, keys, self.sampling, forbidden=forbidden, history=history
+                )
+            )
+
+        inputs = (logits, keys, forbidden, history)
+        out = (ROW, ROW, ROW, None if self.kept_form is None else OF_ROW)
+        locally = self.program.partition.locally(draw, axes_of(inputs), out)
+        return Draw(*locally(*inputs))
 
     def _is_end(self, tokens):
         return jnp.isin(tokens, jnp.asarray(self.eos_ids, jnp.int32))
