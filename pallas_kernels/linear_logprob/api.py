@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _dispatch, _tuning
-from pallas_kernels._dispatch import Device, device
+from pallas_kernels._dispatch import Device
 from pallas_kernels.linear_logprob import chunked, mosaic_sm90
 from pallas_kernels.linear_logprob.blocks import Rows, Scores, Static, constrained
 from pallas_kernels.linear_logprob.reference import Kept
@@ -171,7 +171,7 @@ def linear_scores(
         num_columns=kernel.shape[1],
         dtype=hidden.dtype,
         kernel_dtype=kernel.dtype,
-        device=device(),
+        device=_dispatch.device(),
         has_sets=kept is not None,
         is_cut=constrain_kernel is not None,
         chunk_size=chunk_size,
@@ -184,9 +184,7 @@ def linear_scores(
         soft_cap=soft_cap,
         vocab_size=vocab_size,
     )._replace(constrain_kernel=constrain_kernel)
-    sizes = hidden.shape[0], kernel.shape[1]
-    plan = Plan(*(apply_cut(static, cut, *sizes) for cut in cuts))
-    return _linear_scores(plan, hidden, kernel, targets, kept)
+    return scores_of(static, cuts, hidden, kernel, targets, kept)
 
 
 def explain(
@@ -264,9 +262,12 @@ def make_static(
     )
 
 
-def default_chunk_size(num_tokens: int, vocab_size: int) -> int:
+def default_chunk_size(
+    num_tokens: int, vocab_size: int, *, device: Device | None = None
+) -> int:
     """Return how many tokens to score at a time: all of them, if they are few."""
-    if device().platform != "cpu":
+    device = device or _dispatch.device()
+    if device.platform != "cpu":
         return CHUNK_TOKENS
     if num_tokens * vocab_size <= DENSE_LOGITS_CPU:
         return num_tokens
@@ -289,13 +290,40 @@ def apply_cut(static: Static, cut: Cut, num_tokens: int, num_columns: int) -> St
 
 def kernel_blocks(request: Request) -> mosaic_sm90.Blocks:
     """Return the block sizes of the Mosaic kernel."""
+    dtypes, shape = tuning_of(request)
     return _tuning.tuned(
         "linear_logprob",
         mosaic_sm90.default_blocks(request),
         device=request.device,
-        dtypes=(request.dtype,),
-        shape=(request.num_tokens, request.width, request.num_columns),
+        dtypes=dtypes,
+        shape=shape,
     )
+
+
+def tuning_of(request: Request) -> tuple[tuple[DTypeLike, ...], tuple[int, ...]]:
+    """Return what block sizes depend on: types and a shape."""
+    return (request.dtype,), (request.num_tokens, request.width, request.num_columns)
+
+
+def is_ready(request: Request) -> bool:
+    """Return whether the Mosaic kernel can read the columns where they are."""
+    is_aligned = mosaic_sm90.padded_columns(request.num_columns) == request.num_columns
+    return is_aligned and request.kernel_dtype == request.dtype
+
+
+def even_block_size(num_columns: int, most: int) -> int:
+    """Return a width of blocks that the Mosaic kernel can read, all about as wide.
+
+    Args:
+        num_columns: of the kernel.
+        most: columns of a block, at least 64.
+    """
+    num_blocks = max(1, -(-num_columns // most))
+    block_size = mosaic_sm90.padded_columns(-(-num_columns // num_blocks))
+    if block_size > num_columns:  # One more block, and no copy of all to pad it.
+        num_blocks += 1
+        block_size = mosaic_sm90.padded_columns(-(-num_columns // num_blocks))
+    return block_size
 
 
 def set_chunk_size(num_columns: int) -> int:
@@ -306,14 +334,17 @@ def set_chunk_size(num_columns: int) -> int:
 # -- the implementations: each says how much it looks at together, forward and backward
 
 
-def _mosaic(request: Request) -> tuple[Cut, Cut]:
-    blocks, itemsize = kernel_blocks(request), jnp.dtype(request.dtype).itemsize
-    is_ready = request.kernel_dtype == request.dtype and not request.num_columns % 8
+def mosaic_cuts(
+    request: Request, blocks: mosaic_sm90.Blocks | None = None
+) -> tuple[Cut, Cut]:
+    """Return how the Mosaic kernel is run, by default with `kernel_blocks`."""
+    blocks = blocks or kernel_blocks(request)
+    itemsize = jnp.dtype(request.dtype).itemsize
     block_size = request.block_size
-    if block_size is None and not is_ready:
-        # Whole tiles, so that only the last one of a block is cut.
-        num_columns = COPY_BYTES // (itemsize * request.width)
-        block_size = max(1, num_columns // blocks.columns) * blocks.columns
+    if block_size is None and not is_ready(request):
+        block_size = even_block_size(
+            request.num_columns, COPY_BYTES // (itemsize * request.width)
+        )
     chunk_size = request.num_tokens
     if request.has_sets:
         num_columns = min(request.num_columns, block_size or request.num_columns)
@@ -321,7 +352,7 @@ def _mosaic(request: Request) -> tuple[Cut, Cut]:
     forward = Cut(request.chunk_size or max(1, chunk_size), block_size, blocks)
     backward = Cut(
         request.chunk_size or CHUNK_TOKENS,
-        request.block_size or GRADIENT_BLOCK_SIZE,
+        request.block_size or even_block_size(request.num_columns, GRADIENT_BLOCK_SIZE),
         blocks,
     )
     return forward, backward
@@ -342,7 +373,7 @@ def _dense(request: Request) -> tuple[Cut, Cut]:
 
 def _chunked_cut(request: Request) -> Cut:
     chunk_size = request.chunk_size or default_chunk_size(
-        request.num_tokens, request.num_columns
+        request.num_tokens, request.num_columns, device=request.device
     )
     block_size = request.block_size
     if block_size is None and not request.is_cut and request.device.platform != "cpu":
@@ -367,11 +398,20 @@ def _dense_unwise(request: Request) -> str | None:
 
 _IMPLEMENTATIONS = (
     _dispatch.Implementation(
-        name="mosaic", function=_mosaic, unsupported=_mosaic_unsupported
+        name="mosaic", function=mosaic_cuts, unsupported=_mosaic_unsupported
     ),
     _dispatch.Implementation(name="dense", function=_dense, unwise=_dense_unwise),
     _dispatch.Implementation(name="chunked", function=_chunked),
 )
+
+
+def scores_of(
+    static: Static, cuts: tuple[Cut, Cut], hidden, kernel, targets, kept
+) -> Scores:
+    """Score with given numbers of what is looked at together, forward and backward."""
+    sizes = hidden.shape[0], kernel.shape[1]
+    plan = Plan(*(apply_cut(static, cut, *sizes) for cut in cuts))
+    return _linear_scores(plan, hidden, kernel, targets, kept)
 
 
 # -- the function with gradients -----------------------------------------------------

@@ -333,7 +333,7 @@ def _weights(static: Static, rows: Rows) -> _Weights:
 
     d logprob / d logit_v = [v = target] - p_v
     d entropy / d logit_v = -p_v (log p_v + entropy)
-    d log_normalizer / d logit_v = p_v
+    d log_normalizer / d logit_v = p_v, the one of divided logits
     """
     scale = 1.0 / static.temperature
     by_logprob, by_entropy, by_normalizer = (
@@ -345,8 +345,7 @@ def _weights(static: Static, rows: Rows) -> _Weights:
     if by_entropy is not None:
         terms.append(by_entropy * rows.scores.entropy)
     if by_normalizer is not None:
-        # The normalizer itself is that of divided logits times the temperature.
-        terms.append(-by_normalizer * static.temperature)
+        terms.append(-by_normalizer)
     at_target = by_logprob
     if at_target is not None:
         # The logit of an impossible target is not its own: it is that of no token.

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.linear_logprob.request import Request
 from pallas_kernels.linear_logprob.tiles_sm90 import (
+    ALIGNMENT,
     WARPGROUPS,
     WORD,
     Blocks,
@@ -42,6 +43,7 @@ from pallas_kernels.linear_logprob.tiles_sm90 import (
     padded,
     place_of,
     transforms_of,
+    whole_rows,
 )
 
 # As in `chunked`: finite, and the softmax of it is exactly 0.
@@ -72,8 +74,8 @@ def unsupported(request: Request) -> str | None:
             f"the hidden states are {dtype}, and it multiplies bfloat16 or float16"
             " (matrix units round float32 to 10 bits)"
         )
-    if request.width % 8:
-        return f"the width {request.width} is no multiple of 8, as its copies need"
+    if request.width % ALIGNMENT:
+        return f"its copies are {ALIGNMENT} wide, and the width is {request.width}"
     return None
 
 
@@ -101,8 +103,8 @@ def candidates(request: Request) -> tuple[Blocks, ...]:
 
 
 def padded_columns(num_columns: int) -> int:
-    """Return how many columns there must be: rows of 16 bytes for the copies."""
-    return num_columns + -num_columns % 8
+    """Return how many columns there must be."""
+    return num_columns + -num_columns % ALIGNMENT
 
 
 def sums(
@@ -119,7 +121,7 @@ def sums(
 
     Args:
         hidden: one vector per token, bfloat16 or float16.
-        columns: of the linear layer, in the same type; W is a multiple of 8.
+        columns: of the linear layer, in the same type; W is a multiple of 64.
         targets: which of the columns is a token's target, or `NOWHERE`.
         counted: which logits count.
         temperature: divides the logits.
@@ -162,7 +164,8 @@ def sums(
     out = jax.ShapeDtypeStruct((form.num_splits, 4, form.padded_tokens), jnp.float32)
     scratch = [plgpu.SMEM((WARPGROUPS, 4, form.blocks.rows), jnp.float32)]
     call = kernel_of(form, body, out, scratch)
-    found = call(hidden, columns, padded(form, targets), *operands(form, counted))
+    targets = padded(form, targets)
+    found = call(whole_rows(hidden), columns, targets, *operands(form, counted))
     return found[..., : form.num_tokens]
 
 
@@ -224,7 +227,8 @@ def logit_gradient(
         )
 
     num_rows = len(rows)
-    out = jax.ShapeDtypeStruct((form.num_tokens, form.num_columns), form.dtype)
+    hidden = whole_rows(hidden)
+    out = jax.ShapeDtypeStruct((hidden.shape[0], form.num_columns), form.dtype)
     scratch = [
         plgpu.SMEM(
             (WARPGROUPS, num_slots, form.blocks.rows, form.piece),
@@ -233,13 +237,14 @@ def logit_gradient(
         )
     ]
     call = kernel_of(form, body, out, scratch)
-    return call(
+    gradient = call(
         hidden,
         columns,
         padded(form, targets),
         jnp.stack([padded(form, row) for row in rows]),
         *operands(form, counted),
     )
+    return gradient[: form.num_tokens]
 
 
 class _Piece(NamedTuple):

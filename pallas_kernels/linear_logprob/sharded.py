@@ -29,10 +29,13 @@ from pallas_kernels.linear_logprob.request import Request
 # 16 MiB. The kernel's part is in the type of the products and read at little cost.
 CHUNK_TOKENS = 2**11
 BLOCK_SIZE = 2**11
-# Of the Mosaic kernel: tokens of a chunk forward, whose hidden states are gathered, and
-# columns of a block backward: gradients to the logits of 16 MiB.
+# Of the Mosaic kernel: tokens of a chunk forward, whose hidden states are gathered;
+# columns that are copied where they are not read in place; and both backward: gradients
+# to the logits of 16 MiB.
 MOSAIC_CHUNK_TOKENS = 2**13
-MOSAIC_BLOCK_SIZE = 2**12
+MOSAIC_BLOCK_SIZE = 2**13
+GRADIENT_CHUNK_TOKENS = 2**11
+GRADIENT_BLOCK_SIZE = 2**12
 
 AxisNames = tuple[str, ...]
 
@@ -171,9 +174,15 @@ def _mosaic(request: Request) -> tuple[Cut, Cut]:
     blocks, chunk_size = api.kernel_blocks(request), MOSAIC_CHUNK_TOKENS
     if request.has_sets:
         chunk_size = min(chunk_size, api.set_chunk_size(request.num_columns))
-    forward = Cut(request.chunk_size or chunk_size, request.block_size, blocks)
-    chunk_size = request.chunk_size or CHUNK_TOKENS
-    backward = Cut(chunk_size, request.block_size or MOSAIC_BLOCK_SIZE, blocks)
+    block_size, num_columns = request.block_size, request.num_columns
+    if block_size is None and not api.is_ready(request):
+        block_size = api.even_block_size(num_columns, MOSAIC_BLOCK_SIZE)
+    forward = Cut(request.chunk_size or chunk_size, block_size, blocks)
+    block_size = request.block_size or api.even_block_size(
+        num_columns, GRADIENT_BLOCK_SIZE
+    )
+    chunk_size = request.chunk_size or GRADIENT_CHUNK_TOKENS
+    backward = Cut(chunk_size, block_size, blocks)
     return forward, backward
 
 
@@ -184,7 +193,9 @@ def _chunked(request: Request) -> tuple[Cut, Cut]:
     else:
         num_tokens, num_columns = request.num_tokens, request.num_columns
         cut = Cut(
-            chunk_size or api.default_chunk_size(num_tokens, num_columns), block_size
+            chunk_size
+            or api.default_chunk_size(num_tokens, num_columns, device=request.device),
+            block_size,
         )
     return cut, cut
 

@@ -24,6 +24,9 @@ WORD = 32
 WARPGROUPS = 2
 """Warpgroups that compute."""
 NUM_SMS = 132
+ALIGNMENT = 64
+"""The copy engine reads whole rows of 64 elements, 8 at a time, as wgmma wants them."""
+_ROWS = 8
 
 _gpu: Any = plgpu  # Its types are not all exported.
 
@@ -184,6 +187,12 @@ def padded(form: Form, x: Array) -> Array:
     return jnp.pad(x, (*((0, 0) for _ in x.shape[1:]), (0, missing)))
 
 
+def whole_rows(x: Array) -> Array:
+    """Pad tokens to as many as the copy engine reads at a time."""
+    missing = -len(x) % _ROWS
+    return jnp.pad(x, ((0, missing), (0, 0))) if missing else x
+
+
 def operands(form: Form, counted: Counted) -> tuple[Array, ...]:
     """Return what the kernel reads of the logits that count."""
     if counted.words is not None:
@@ -219,7 +228,7 @@ def transforms_of(form: Form, width: int) -> tuple[Any, ...]:
     num_bytes = jnp.dtype(form.dtype).itemsize
     swizzle = plgpu.find_swizzle(width * num_bytes * 8)
     return (
-        _gpu.TilingTransform((8, swizzle // num_bytes)),
+        _gpu.TilingTransform((_ROWS, swizzle // num_bytes)),
         _gpu.SwizzleTransform(swizzle),
     )
 
@@ -272,10 +281,16 @@ def for_each_tile(
         num_ahead = jnp.minimum(num_steps, blocks.stages)
         pl.loop(0, num_ahead)(copy)
 
+        def await_used(step):
+            plgpu.barrier_wait(buffers.used.at[jax.lax.rem(step, blocks.stages)])
+
         @pl.loop(num_ahead, num_steps)
         def _step(step):
-            plgpu.barrier_wait(buffers.used.at[jax.lax.rem(step, blocks.stages)])
+            await_used(step)
             copy(step)
+
+        # No barrier is left with an end that nobody saw.
+        pl.loop(num_steps - num_ahead, num_steps)(await_used)
 
     @pl.when(place.warpgroup < WARPGROUPS)
     def _computing():

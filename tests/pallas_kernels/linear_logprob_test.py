@@ -13,6 +13,7 @@ from pallas_kernels.linear_logprob import (
     default_chunk_size,
     is_kept,
     linear_logprob,
+    linear_scores,
     reference,
 )
 from tests.pallas_kernels.scoring import gradient, pack
@@ -168,11 +169,34 @@ def test_target_outside_its_set_is_impossible_and_its_gradient_finite(implementa
     np.testing.assert_array_equal(entropy, np.zeros(T))
     expected, _ = reference.linear_logprob(hidden, kernel, targets, kept=kept)
     np.testing.assert_array_equal(found, expected)
-    ones = jnp.ones(T)
-    for grad in gradient(linear_logprob, **options)(
-        hidden, kernel, targets, kept, ones, ones
-    ):
-        assert np.isfinite(grad).all()
+    args = (hidden, kernel, targets, kept, jnp.ones(T), jnp.ones(T))
+    found = gradient(linear_logprob, **options)(*args)
+    expected = gradient(reference.linear_logprob)(*args)
+    for a, b in zip(found, expected, strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "chunked"])
+def test_normalizers_and_their_gradients_are_those_of_all_logits(implementation):
+    # log Σ exp(logit / temperature), and its gradient is the softmax.
+    hidden, kernel, targets = problem(scale=2.0)
+    found = lambda h, k: (
+        linear_scores(
+            h, k, targets, temperature=0.7, implementation=implementation, chunk_size=8
+        ).log_normalizer
+    )
+    expected = lambda h, k: jax.nn.logsumexp(
+        reference.scaled_logits(h @ k, 0.7), axis=-1
+    )
+    args, weights = (hidden, kernel), jnp.arange(T, dtype=jnp.float32)
+    np.testing.assert_allclose(found(*args), expected(*args), rtol=1e-6)
+    grads = (
+        jax.grad(lambda h, k, f=f: jnp.sum(weights * f(h, k)), argnums=(0, 1))(*args)
+        for f in (found, expected)
+    )
+    for a, b in zip(*grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_rows_accumulate_in_float32_and_give_a_float32_kernel_gradient():

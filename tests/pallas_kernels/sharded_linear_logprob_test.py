@@ -10,7 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.linear_logprob import reference, sharded_linear_logprob
-from tests.pallas_kernels.scoring import gradient, pack
+from pallas_kernels.testing.interpret import interpreted
+from tests.pallas_kernels.scoring import gradient, pack, relative_error
 
 D = 8
 MESH = (2, 2, 2)
@@ -136,3 +137,44 @@ def test_sharded_shapes_that_do_not_divide_are_refused():
         )
     with pytest.raises(ValueError, match="6 places do not divide over fsdp=8"):
         sharded_linear_logprob(hidden, kernel, targets, mesh=mesh, place_axes=("fsdp",))
+
+
+@pytest.mark.parametrize("form", ["ids", pytest.param("bits", marks=pytest.mark.slow)])
+def test_interpreted_kernel_runs_within_the_layout_of_a_mesh(form):
+    # One device: what the kernel sees of axes are traced indices and chunks.
+    axes = {"row_axes": ("fsdp",), "vocab_axes": ("tensor", "fsdp")}
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
+    _, _, targets, kept, *weights = sharded_problem(form)
+    rng = np.random.default_rng(5)
+    hidden = jnp.asarray(0.3 * rng.normal(size=(R, S, 64)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(64, 64)), jnp.bfloat16).astype(jnp.float32)
+    call = functools.partial(
+        sharded_linear_logprob, mesh=mesh, implementation="mosaic", **axes, **OPTIONS
+    )
+    args = (hidden, kernel, targets, kept)
+    with interpreted() as checks:
+        scores = jax.jit(functools.partial(call, temperature=0.7))(*args[:3], kept=kept)
+        grads = jax.block_until_ready(gradient(call, chunk_size=24)(*args, *weights))
+    assert not checks.has_races
+    # Scores, the same again for the gradient in two chunks, and those gradients.
+    assert checks.num_kernels == 1 + 2 + 2
+    flat = lambda x: x.reshape(R * S, *x.shape[2:])
+    args = (flat(hidden.astype(jnp.float32)), kernel, flat(targets), flat(kept))
+    expected = reference.linear_logprob(
+        *args[:3], kept=args[3], temperature=0.7, **OPTIONS
+    )
+    for a, b in zip(scores, expected, strict=True):
+        assert relative_error(flat(a), b) < 1e-5
+    expected = gradient(reference.linear_logprob, **OPTIONS)(*args, *map(flat, weights))
+    assert relative_error(flat(grads[0]), expected[0]) < 1e-2
+    assert relative_error(grads[1], expected[1]) < 1e-2
+
+
+def test_sharded_form_explains_what_cannot_be():
+    hidden, kernel, targets, *_ = sharded_problem("none")
+    mesh = jax.make_mesh((1,), ("tensor",), (AxisType.Auto,))
+    call = functools.partial(sharded_linear_logprob, hidden, kernel, targets, mesh=mesh)
+    with pytest.raises(ValueError, match="cannot run as 'mosaic': it is for Hopper"):
+        call(implementation="mosaic")
+    with pytest.raises(ValueError, match="no implementation 'dense'"):
+        call(implementation="dense")
