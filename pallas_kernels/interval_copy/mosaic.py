@@ -44,7 +44,9 @@ DTYPES = ("float32", "bfloat16")
 
 _PARAMS = plgpu.CompilerParams(
     # The layouts are all given, and looking for others takes longer than all the rest.
-    lowering_semantics=plgpu.LoweringSemantics.Lane
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+    # A thread reads and writes the same elements, and nothing of another thread.
+    unsafe_no_auto_barriers=True,
 )
 
 
