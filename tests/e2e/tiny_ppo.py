@@ -52,7 +52,7 @@ def hyperparameters(sampling=None, **changes):
     return ppo.PPO(sampling=Sampling(max_new_tokens=NEW_TOKENS, **draws), **changes)
 
 
-def roles_of(graph, plan, offload, model):
+def roles_of(graph, plan, offload, model, dtype="float32"):
     roles = {}
     for name in graph.roles:
         calls = [plan.calls[n] for n, c in graph.calls.items() if c.role == name]
@@ -66,7 +66,7 @@ def roles_of(graph, plan, offload, model):
             ),
             model=dataclasses.replace(padded, head=head),
             eos_ids=EOS_IDS,
-            dtype="float32",
+            dtype=dtype,
             is_trained=name in graph.trained_roles,
         )
     return roles
@@ -106,6 +106,7 @@ def make_executor(
     model=MODEL,
     num_devices=8,
     fits=None,
+    dtype="float32",
     **of_plan,
 ):
     graph = ppo.graph(hp)
@@ -118,9 +119,9 @@ def make_executor(
         offloaded=offload,
         **of_plan,
     )
-    roles = roles_of(graph, plan, offload, model)
+    roles = roles_of(graph, plan, offload, model, dtype)
     models = {name: role.model for name, role in roles.items()}
-    homes = home_places(graph, plan, dict.fromkeys(roles, "float32"))
+    homes = home_places(graph, plan, dict.fromkeys(roles, dtype))
     executor = Executor(
         graph,
         plan,
@@ -145,13 +146,13 @@ def make_executor(
     return executor
 
 
-def prompts_of(step, width=8):
-    """Sixteen prompts of 1 to `width` tokens, others in every step."""
+def prompts_of(step, width=8, size=SIZE):
+    """Prompts of 1 to `width` tokens, others in every step."""
     rng = np.random.default_rng(step)
-    lengths = rng.integers(1, width + 1, SIZE).astype(np.int32)
-    tokens = rng.integers(5, MODEL.vocab_size, (SIZE, width)).astype(np.int32)
+    lengths = rng.integers(1, width + 1, size).astype(np.int32)
+    tokens = rng.integers(5, MODEL.vocab_size, (size, width)).astype(np.int32)
     tokens[np.arange(width) >= lengths[:, None]] = 0
-    return Batch.create({"prompts": tokens}, lengths=lengths, ids=range(SIZE))
+    return Batch.create({"prompts": tokens}, lengths=lengths, ids=range(size))
 
 
 @dataclasses.dataclass
@@ -167,12 +168,12 @@ class Step:
     num_compiled: int
 
 
-def run_step(executor, step, *, width=8, training=True):
+def run_step(executor, step, *, width=8, training=True, size=SIZE):
     compiled = []
     listener = lambda event, _, **__: compiled.append(event)
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-        batch = prompts_of(step, width)
+        batch = prompts_of(step, width, size)
         metrics, buffer = executor.run(batch, step=step, training=training)
         executor.watch.wait()
         numbers = to_numbers(metrics)
