@@ -154,7 +154,8 @@ def inputs(shape: Shape, key: Array) -> tuple[Array, Array]:
     scaled = scaled_logits(logits, filters.temperature)
     if shape.request.is_small_set:
         highest = jax.lax.top_k(scaled, filters.top_k)[0]
-        _, weights = bisection.kept_of_highest(highest, scaled, filters)
+        total = bisection.total_for_union(scaled, highest, filters)
+        _, weights = bisection.kept_of_highest(highest, total, filters)
         first = second = _middle(weights, keys[2])[0]
     else:
         weights = bisection.filtered(bisection.exponentials(scaled)[1], filters)

@@ -20,9 +20,9 @@ def sample(
     """Draw as `api.sample` says, from logits that are divided by the temperature."""
     filters = request.filters
     if request.is_small_set:
-        return draw_of_highest(
-            *most_likely(logits, filters.top_k), logits, uniforms, filters
-        )
+        highest, ids = most_likely(logits, filters.top_k)
+        total = total_for_union(logits, highest, filters)
+        return draw_of_highest(highest, ids, total, uniforms, filters)
     below, weights = exponentials(logits)
     if filters.is_empty:
         kept = None if request.kept is None else unfiltered_bits(logits, forbidden)
@@ -52,12 +52,20 @@ def filtered(weights: Float[Array, "B V"], filters: Filters) -> Float[Array, "B 
 def draw_of_highest(
     highest: Float[Array, "B C"],
     ids: Array,
-    logits: Float[Array, "B V"],
+    total: Float[Array, "B 1"] | None,
     uniforms: Float[Array, "B 2"],
     filters: Filters,
 ) -> Draw:
-    """Draw from few tokens: the highest logits of each row, in order, and their ids."""
-    below, weights = kept_of_highest(highest, logits, filters)
+    """Draw from few tokens: the highest logits of each row, in order, and their ids.
+
+    Args:
+        highest: logits.
+        ids: of the tokens.
+        total: as `total_for_union` returns it.
+        uniforms: two per row.
+        filters: as of `Filters.of`.
+    """
+    below, weights = kept_of_highest(highest, total, filters)
     places = inverse_cdf(weights, uniforms[:, 0])
     log_total, entropy = moments(below, weights)
     return Draw(
@@ -68,16 +76,24 @@ def draw_of_highest(
     )
 
 
+def total_for_union(
+    logits: Float[Array, "B V"], highest: Float[Array, "B C"], filters: Filters
+) -> Float[Array, "B 1"] | None:
+    """Return what top-p is a share of, if it is not of the highest alone."""
+    if not filters.union or filters.top_p == 1:
+        return None
+    return jnp.sum(jnp.exp(logits - highest[:, :1]), axis=-1, keepdims=True)
+
+
 def kept_of_highest(
-    highest: Float[Array, "B C"], logits: Float[Array, "B V"], filters: Filters
+    highest: Float[Array, "B C"], total: Float[Array, "B 1"] | None, filters: Filters
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
     """Return what `exponentials` does, with weight 0 where the filters remove."""
     below, weights = exponentials(highest)
     keep = (weights > 0) & (weights >= filters.min_p)
     if filters.top_p < 1:
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        if filters.union:
-            total = jnp.sum(jnp.exp(logits - highest[:, :1]), axis=-1, keepdims=True)
+        if total is None:
+            total = jnp.sum(weights, axis=-1, keepdims=True)
         # The tokens are in order: keep those with less than top_p before them.
         before = jnp.cumsum(weights, axis=-1) - weights
         keep &= before < filters.top_p * total

@@ -121,7 +121,8 @@ def _sample_small_set(logits, uniforms, filters: Filters, blocks: Blocks) -> Dra
     # From ascending ids to the order by weight.
     highest, order = lax.top_k(some, filters.top_k)
     ids = jnp.minimum(jnp.take_along_axis(ids, order, axis=1), logits.shape[-1] - 1)
-    return bisection.draw_of_highest(highest, ids, scaled, uniforms, filters)
+    total = bisection.total_for_union(scaled, highest, filters)
+    return bisection.draw_of_highest(highest, ids, total, uniforms, filters)
 
 
 def run(

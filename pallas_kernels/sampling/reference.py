@@ -23,7 +23,8 @@ def sample(
     if request.is_small_set:
         ids = order[:, : filters.top_k]
         highest = jnp.take_along_axis(logits, ids, axis=-1)
-        return bisection.draw_of_highest(highest, ids, logits, uniforms, filters)
+        total = bisection.total_for_union(logits, highest, filters)
+        return bisection.draw_of_highest(highest, ids, total, uniforms, filters)
     below, weights = bisection.exponentials(logits)
     mask = is_kept(weights, order, filters)
     drawn = bisection.draw(below, jnp.where(mask, weights, 0.0), uniforms)

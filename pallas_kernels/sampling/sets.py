@@ -36,6 +36,7 @@ def fewest(
     enough: Float[Array, "B"],
     *,
     parts: int | None = None,
+    axes: tuple[str, ...] = (),
 ) -> Bool[Array, "B V"]:
     """Mark the fewest tokens, largest weights first, whose amounts reach `enough`.
 
@@ -52,20 +53,28 @@ def fewest(
         parts: of equal width that a pass tells apart. None halves on a CPU, where
             comparisons cost more than reading (64 rows of 32k: 32 ms by halves, 55 ms
             by quarters), and takes `PARTS` elsewhere.
+        axes: mesh axes that cut the vocabulary, in `jax.shard_map`: a pass sums a few
+            numbers per row over them. Every device marks tokens of its own part.
     """
     if parts is None:
         parts = 2 if device().platform == "cpu" else PARTS
     patterns = jax.lax.bitcast_convert_type(weights, jnp.int32)
 
+    over_devices = lambda x: jax.lax.psum(x, axes) if axes else x
+
+    def sum_from(pivot):
+        above = jnp.where(patterns >= pivot[:, None], amounts, 0.0)
+        return jnp.sum(above, axis=-1)
+
     def narrow(_, bounds):
         low, high = bounds
         width, rest = jnp.divmod(high - low, parts)
+        pivots = [low + width * n + rest * n // parts for n in range(1, parts)]
+        sums = over_devices([sum_from(pivot) for pivot in pivots])
         new_low, new_high = low, high
-        for part in range(1, parts):
-            pivot = low + width * part + rest * part // parts
-            above = jnp.where(patterns >= pivot[:, None], amounts, 0.0)
+        for pivot, sum_ in zip(pivots, sums, strict=True):
             # Pivots of a narrow range may stand at its beginning.
-            is_enough = (jnp.sum(above, axis=-1) >= enough) | (pivot <= low)
+            is_enough = (sum_ >= enough) | (pivot <= low)
             new_low = jnp.where(is_enough, jnp.maximum(new_low, pivot), new_low)
             new_high = jnp.where(is_enough, new_high, jnp.minimum(new_high, pivot))
         return new_low, new_high
@@ -76,15 +85,30 @@ def fewest(
     num_passes = math.ceil(30 / math.log2(parts))
     low, _ = jax.lax.fori_loop(0, num_passes, narrow, (low, high))
     above, ties = patterns > low[:, None], patterns == low[:, None]
-    missing = enough - jnp.sum(jnp.where(above, amounts, 0.0), axis=-1)
+    missing = enough - over_devices(jnp.sum(jnp.where(above, amounts, 0.0), axis=-1))
     each = jnp.max(jnp.where(ties, amounts, 0.0), axis=-1)
+    num_ties = num_all_ties = jnp.sum(ties, axis=-1)
+    if axes:
+        each = jax.lax.pmax(each, axes)
+        num_all_ties = jax.lax.psum(num_ties, axes)
     num_needed = jnp.ceil(missing / jnp.maximum(each, jnp.finfo(jnp.float32).tiny))
+    is_cut = jnp.any(num_all_ties > num_needed)
+    if axes:  # Those with lower ids come first.
+        num_needed -= _sum_before(num_ties, axes)
     ties = jax.lax.cond(
-        jnp.any(jnp.sum(ties, axis=-1) > num_needed),
+        is_cut,
         lambda: ties & (jnp.cumsum(ties, axis=-1) <= num_needed[:, None]),
         lambda: ties,
     )
     return (above | ties) & (weights > 0)
+
+
+def _sum_before(x: Array, axes: tuple[str, ...]) -> Array:
+    """Sum over the devices that hold what comes before this one's part."""
+    index = jax.lax.axis_index(axes)
+    parts = jax.lax.all_gather(x, axes)
+    is_before = jnp.arange(len(parts), dtype=jnp.int32) < index
+    return jnp.sum(jnp.where(is_before[:, None], parts, 0), axis=0)
 
 
 def most_likely(
