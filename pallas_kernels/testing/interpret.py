@@ -25,6 +25,10 @@ from pallas_kernels import _dispatch
 
 _callbacks: Any = _gpu_callbacks
 
+# With fewer threads than copies on their way, two share a clock, and what one of them
+# races with is not seen.
+_COPIES_AT_A_TIME = 64
+
 
 @dataclasses.dataclass(kw_only=True)
 class Checks:
@@ -52,7 +56,9 @@ def interpreted(
     """
     found: list[Any] = []
     checks = Checks()
-    params = plgpu.InterpretGPUParams(detect_races=detect_races)
+    params = plgpu.InterpretGPUParams(
+        detect_races=detect_races, num_tma_threads_per_device=_COPIES_AT_A_TIME
+    )
     with (
         _recorded(found),
         _dispatch.assuming(device or _dispatch.H200),

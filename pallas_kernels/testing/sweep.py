@@ -51,7 +51,7 @@ def prune(gpu: str) -> list[dict[str, Any]]:
 
 
 def time_all(kept: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Time candidates on this machine's GPU; return the fastest by operation and key."""
+    """Time candidates on this GPU; return the fastest by operation and key."""
     found: dict[str, dict[str, Any]] = {}
     for case in all_cases():
         names = [
