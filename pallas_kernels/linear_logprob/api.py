@@ -38,9 +38,11 @@ DENSE_LOGITS_CPU = 2**22
 CHUNK_TOKENS = 2**13
 # Columns of a block: float32 logits of 128 MiB.
 BLOCK_SIZE = 2**12
-# Of the Mosaic kernel: a copy of some columns in the type of the products, and bits of
-# sets, one per token and column, each of 128 MiB at most.
+# Of the Mosaic kernel: at most 128 MiB for a copy of some columns in the type of the
+# products, and 64 MiB for the bits of sets, one per token and column, which are made
+# from ids by way of another array of that size.
 COPY_BYTES = 2**27
+SET_BYTES = 2**26
 # Gradients to the logits of one chunk and block, in 16 bits: 64 MiB with the above.
 GRADIENT_BLOCK_SIZE = 2**12
 
@@ -99,8 +101,8 @@ def linear_logprob(
         soft_cap: logits become cap · tanh(logits / cap), before the division.
         vocab_size: columns of the kernel past it are padding and never count, nor get
             a gradient; None has no padding.
-        chunk_size: most tokens of one chunk, over all devices; None takes
-            `default_chunk_size`, or what the implementation prefers.
+        chunk_size: most tokens whose logits, their gradients or their sets' bits are in
+            memory together, over all devices; None takes `default_chunk_size`.
         block_size: most columns that are looked at together; None chooses.
         constrain_kernel: applied to the kernel in the type of `hidden` before the loop,
             and to its gradient: a sharding constraint that gathers it once.
@@ -328,7 +330,7 @@ def even_block_size(num_columns: int, most: int) -> int:
 
 def set_chunk_size(num_columns: int) -> int:
     """Return of how many tokens the bits of their sets may be in memory."""
-    return max(1, COPY_BYTES // (4 * -(-num_columns // 32)))
+    return max(1, SET_BYTES // (4 * -(-num_columns // 32)))
 
 
 # -- the implementations: each says how much it looks at together, forward and backward
@@ -342,14 +344,16 @@ def mosaic_cuts(
     itemsize = jnp.dtype(request.dtype).itemsize
     block_size = request.block_size
     if block_size is None and not is_ready(request):
-        block_size = even_block_size(
-            request.num_columns, COPY_BYTES // (itemsize * request.width)
-        )
-    chunk_size = request.num_tokens
+        # The narrower a block, the fewer bits of its sets there are with the copy.
+        copy_bytes = COPY_BYTES // 2 if request.has_sets else COPY_BYTES
+        most = max(mosaic_sm90.ALIGNMENT, copy_bytes // (itemsize * request.width))
+        block_size = even_block_size(request.num_columns, most)
+    chunk_size = max(1, request.num_tokens)
     if request.has_sets:
         num_columns = min(request.num_columns, block_size or request.num_columns)
-        chunk_size = min(chunk_size, set_chunk_size(num_columns))
-    forward = Cut(request.chunk_size or max(1, chunk_size), block_size, blocks)
+        most = min(chunk_size, set_chunk_size(num_columns))
+        chunk_size = min(most, request.chunk_size or most)
+    forward = Cut(chunk_size, block_size, blocks)
     backward = Cut(
         request.chunk_size or CHUNK_TOKENS,
         request.block_size or even_block_size(request.num_columns, GRADIENT_BLOCK_SIZE),

@@ -69,9 +69,8 @@ def cases() -> tuple[Case, ...]:
     }
     found = []
     for name, (width, num_columns, temporary) in models.items():
-        head = {"width": width, "num_columns": num_columns}
-        scoring = _Shape(num_tokens=16384, **head)
-        training = _Shape(num_tokens=8192, is_training=True, **head)
+        scoring = _Shape(num_tokens=16384, width=width, num_columns=num_columns)
+        training = dataclasses.replace(scoring, num_tokens=8192, is_training=True)
         found.append(_case(f"{name} scores 16384 tokens", scoring, 3 * MIB))
         found.append(_case(f"{name} trains on 8192 tokens", training, temporary * MIB))
     tiny = {
