@@ -64,3 +64,20 @@ def test_tokamax_is_asked_for_what_our_own_implementations_compute():
     (found,) = run("tests/compile_tokamax.py")
     assert max(found["attention"].values()) < 1e-5
     assert found["groups"] < 1e-5
+
+
+def test_a_train_step_loses_the_size_of_the_logits_by_the_fused_head():
+    # Llama 3.1 8B, 8 rows of 4096 tokens on one device that has room for everything.
+    arguments = (
+        "--config=configs/compile_llama_8b.py",
+        "--for=h200x1",
+        "--calls=train_policy",
+        "--config.allocation=d1",
+        "--config.rows.train_policy=8",
+    )
+    found = {}
+    for name in ("mosaic", "dense"):
+        *_, report = run("tests/compile_unfused.py", name, *arguments)
+        step = next(p for p in report["programs"] if p["program"] == "accumulate")
+        found[name] = step["temporary_bytes"]
+    assert found["dense"] - found["mosaic"] > 8 * 4096 * 128256 * 4
