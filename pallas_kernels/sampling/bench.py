@@ -257,8 +257,8 @@ def _temporary_bytes(shape: Shape) -> int:
 
     A padded vocabulary is copied.
     """
-    words = shape.num_rows * -(-shape.vocab_size // 32) * 4
+    words = 0 if shape.kept is None else shape.num_rows * -(-shape.vocab_size // 32) * 4
     copied = 0
     if shape.vocab_size % BLOCK_SIZE or shape.vocab_size < 8 * BLOCK_SIZE:
         copied = shape.num_rows * (shape.vocab_size + 512) * 4
-    return 2**20 + 4 * words + copied
+    return 2**16 + 13 * words // 4 + copied

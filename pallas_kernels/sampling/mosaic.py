@@ -37,6 +37,14 @@ LARGEST_VOCABULARY = BLOCK_SIZE**3
 """Tokens: the draw takes three steps of 64."""
 
 
+_PARAMS = plgpu.CompilerParams(
+    approx_math=True,
+    # The layouts are all given. Looking for others took minutes where this takes
+    # seconds.
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
     """How the kernel is laid out.
@@ -55,9 +63,11 @@ class Blocks:
 def default_blocks(request: Request) -> Blocks:
     """Return the layout where nothing was measured."""
     capability = request.device.compute_capability
-    # Before Hopper, four tiles at once spill registers.
-    has_tiles = capability is not None and capability >= (9, 0)
-    return Blocks(warpgroups=4, tiles=4 if has_tiles else 2, pivots=6)
+    # Four tiles at once spill registers before Hopper, and of a search in a set.
+    is_old = capability is None or capability < (9, 0)
+    filters = request.filters
+    is_twice = filters.top_k > 0 and filters.top_p < 1 and not request.is_small_set
+    return Blocks(warpgroups=4, tiles=2 if is_old or is_twice else 4, pivots=6)
 
 
 def candidates(request: Request) -> tuple[Blocks, ...]:
@@ -181,7 +191,7 @@ def run(
         grid_names=("row",),
         num_threads=static.warpgroups,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=_PARAMS,
     )(logits.reshape(num_rows, -1, BLOCK_SIZE), uniforms.astype(jnp.float32))
     if has_bits:
         found["bits"] = _words(static, found["bits"], vocab_size)

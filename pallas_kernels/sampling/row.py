@@ -318,7 +318,7 @@ def first_past(amounts, target: Callable) -> Found:
     shape = (BLOCK_SIZE, BLOCK_SIZE)
     rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE)
     columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
-    square = lax.broadcast_in_dim(amounts, shape, (1,))
+    square = plgpu.layout_cast(lax.broadcast_in_dim(amounts, shape, (1,)), TILE)
     sums = jnp.sum(jnp.where(columns <= rows, square, 0.0), axis=1)
     own = jnp.sum(jnp.where(columns == rows, square, 0.0), axis=1)
     places = plgpu.broadcasted_iota(jnp.int32, (BLOCK_SIZE,), 0, layout=OVER_ROWS)

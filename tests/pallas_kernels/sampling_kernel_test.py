@@ -51,6 +51,7 @@ def exact(logits, *, top_k=0, top_p=1.0, min_p=0.0, union=False, temperature=1.0
     found = []
     for row in np.float64(logits) / temperature:
         weights = np.exp(row - row.max())
+        weights[weights < np.finfo(np.float32).tiny] = 0
         order = np.argsort(-weights, kind="stable")
         mask = weights > 0
         if top_k:
