@@ -20,6 +20,8 @@ from jax.sharding import Mesh
 
 from pallas_kernels.testing.aot import Machine, Report, compile_for
 
+_OTHER_MEMORY = ("shared", "param", "local", "const")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernel:
@@ -126,9 +128,11 @@ def _read(path: pathlib.Path) -> Kernel:
 def _accesses(ptx: str) -> dict[int, int]:
     """Count loads and stores of global memory by the bytes a thread moves at once."""
     counts: dict[int, int] = {}
-    pattern = r"\b(?:ld|st)\.global((?:\.[\w:]+)*)"
-    for modifiers in re.findall(pattern, ptx):
+    # Where the compiler has lost sight of which memory it is, it names none.
+    for modifiers in re.findall(r"\b(?:ld|st)((?:\.[\w:]+)+)", ptx):
         parts = modifiers.split(".")
+        if any(part.startswith(_OTHER_MEMORY) for part in parts):
+            continue
         lanes = next((int(p[1:]) for p in parts if re.fullmatch(r"v\d", p)), 1)
         bits = [int(p[1:]) for p in parts if re.fullmatch(r"[bfus]\d+", p)]
         num_bytes = lanes * bits[-1] // 8 if bits else 0
