@@ -9,6 +9,7 @@
 The same text is used by flags, plans, metrics and messages.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -85,7 +86,8 @@ class Allocation:
                 f"device {min(devices)} is negative. Devices are indices into"
                 " jax.devices(), counted from 0."
             )
-        repeated = sorted({d for d in devices if devices.count(d) > 1})
+        count = collections.Counter(devices)
+        repeated = sorted(d for d, times in count.items() if times > 1)
         if repeated:
             raise ValueError(
                 f"devices {repeated} appear more than once in"

@@ -212,8 +212,7 @@ def memory_sizes(
             arriving[key] = whole - copies[key]
         working[name] = _working_bytes(plan, name, node, roles, num_rows, work)
         if isinstance(node.function, Generate):
-            room = _room(plan, name, roles[node.role].model, num_rows, work)
-            pools[name] = room.num_pages * _page_bytes(plan, name, roles[node.role])
+            pools[name] = _pool_bytes(plan, name, roles[node.role], num_rows, work)
     return Sizes(
         parts=parts,
         copies=copies,
@@ -223,6 +222,67 @@ def memory_sizes(
         batch=batch,
         pools=pools,
         streamed=streamed_roles(roles),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CallBytes:
+    """What a call takes on each of its devices, wherever those are.
+
+    Attributes:
+        masters: parameters of its role in float32, with the optimizer's moments if the
+            call trains.
+        copy: parameters in the type it computes in.
+        working: while it runs, beside parameters.
+        pool: keys and values that stay, of a call that generates.
+        batch: keys of the batch that it reads and writes.
+    """
+
+    masters: int = 0
+    copy: int = 0
+    working: int = 0
+    pool: int = 0
+    batch: int = 0
+
+
+def call_bytes(
+    graph: DataflowGraph,
+    plan: ExecutionPlan,
+    name: str,
+    roles: Mapping[str, Role],
+    num_rows: int,
+    work: Work,
+) -> CallBytes:
+    """Count the bytes of one call alone.
+
+    Args:
+        graph: of the algorithm.
+        plan: needs only this call's allocation.
+        name: of the call.
+        roles: models, types and optimizers, by name.
+        num_rows: sequences that it takes.
+        work: shapes of a step.
+    """
+    node, allocation = graph.calls[name], plan.calls[name].allocation
+    batch = _batch_bytes(graph, name, roles, num_rows, work, allocation)
+    if node.role is None:
+        return CallBytes(batch=batch)
+    role = roles[node.role]
+    masters = _parameter_bytes(role.model, schedule_lib.Place(allocation, "float32"))
+    if node.is_training:
+        masters += MOMENTS * _cut_bytes(role.model, allocation)
+    dtypes = {name: role.dtype for name, role in roles.items()}
+    pool = 0
+    if isinstance(node.function, Generate):
+        pool = _pool_bytes(plan, name, role, num_rows, work)
+    return CallBytes(
+        masters=masters,
+        copy=_parameter_bytes(
+            role.model, schedule_lib.place_of(graph, plan, dtypes, name)
+        ),
+        working=_working_bytes(plan, name, node, roles, num_rows, work),
+        pool=pool,
+        batch=batch,
     )
 
 
@@ -302,6 +362,11 @@ def _room(plan, name, model, num_rows: int, work: Work) -> Room:
         width=work.width,
         num_shards=plan.calls[name].allocation.num_row_shards,
     )
+
+
+def _pool_bytes(plan, name, role: Role, num_rows: int, work: Work) -> int:
+    room = _room(plan, name, role.model, num_rows, work)
+    return room.num_pages * _page_bytes(plan, name, role)
 
 
 def _page_bytes(plan, name, role: Role) -> int:

@@ -137,10 +137,8 @@ class _Described:
             role: _model(config, self.graph, self.plan, role)
             for role in self.graph.roles
         }
-        self.prompt_width, self.width = _widths(self.graph, config.data)
-        self.size = config.data.batch_size
-        if config.data.kind == "pairs":
-            self.size *= 2 * config.data.max_pairs
+        self.prompt_width, self.width = described_widths(self.graph, config.data)
+        self.size = described_size(config.data)
         self.batch = _data_shapes(self.graph, self.size, self.prompt_width, self.width)
 
     def programs(self, name: str) -> list[DescribedProgram]:
@@ -398,6 +396,25 @@ def _model(
     config: RunConfig, graph: DataflowGraph, plan: ExecutionPlan, role: str
 ) -> ModelConfig:
     """Give the model of a role, padded for the strategies of its calls."""
+    model = described_model(config, graph, role)
+    places = [name for name in plan.calls if graph.calls[name].role == role]
+    allocations = [plan.calls[name].allocation for name in places]
+    for allocation in allocations:
+        check_fit(allocation, model)
+    return padded_for(model, allocations)
+
+
+def described_model(config: RunConfig, graph: DataflowGraph, role: str) -> ModelConfig:
+    """Give the model of a role, of which nothing is loaded.
+
+    Args:
+        config: of the run.
+        graph: of its algorithm.
+        role: whose model.
+
+    Raises:
+        ValueError: the config has no such role, or no size of its vocabulary.
+    """
     if role not in config.roles:
         raise ValueError(
             f"The graph uses the role {role!r}, and config.roles has"
@@ -418,16 +435,16 @@ def _model(
     else:
         path = f"config.roles.{role}.model"
         model = to_dataclass(ModelConfig, dict(given.model) | {"head": head}, path=path)
-    model = given.router.applied(model)
-    places = [name for name in plan.calls if graph.calls[name].role == role]
-    allocations = [plan.calls[name].allocation for name in places]
-    for allocation in allocations:
-        check_fit(allocation, model)
-    return padded_for(model, allocations)
+    return given.router.applied(model)
 
 
-def _widths(graph: DataflowGraph, data: DataConfig) -> tuple[int, int]:
-    """Give P and T, the widest that the data set's limits allow."""
+def described_widths(graph: DataflowGraph, data: DataConfig) -> tuple[int, int]:
+    """Give P and T, the widest that the data set's limits allow.
+
+    Args:
+        graph: of the algorithm.
+        data: of the config.
+    """
     longest = [
         node.function.sampling.max_new_tokens
         for node in graph.calls.values()
@@ -438,6 +455,15 @@ def _widths(graph: DataflowGraph, data: DataConfig) -> tuple[int, int]:
         prompt_width = round_up(data.max_prompt_length)
         return prompt_width, round_up(prompt_width + max(longest))
     return 0, round_up(data.max_length)
+
+
+def described_size(data: DataConfig) -> int:
+    """Give the most sequences of a batch of the data set.
+
+    Args:
+        data: of the config.
+    """
+    return data.batch_size * (2 * data.max_pairs if data.kind == "pairs" else 1)
 
 
 def _data_shapes(

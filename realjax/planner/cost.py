@@ -1,0 +1,400 @@
+"""Seconds of a call on an allocation, from what it computes, reads and sends.
+
+    seconds = c_products x FLOPs / (FLOP/s)       of the device's data sheet
+            + c_memory   x bytes / (byte/s)       of its memory
+            + c_link     x bytes / (byte/s)       between devices of a node
+            + c_network  x bytes / (byte/s)       between nodes
+            + c_host     x bytes / (byte/s)       to and from host memory
+            + s_layer    x layers run while decoding
+            + s_hop      x hand-overs between stages, and rounds of collectives
+            + s_program  x programs launched
+
+The first factor of each line is one of eight `Coefficients`; the rest, `Quantities`,
+follows from the model, the lengths and the strategy. As the sum is linear, a few
+measured calls or steps are enough to find the coefficients (`fit`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from realjax.models.config import ModelConfig
+from realjax.parallel.allocation import Allocation
+from realjax.planner.cluster import Cluster
+
+Kind = Literal["generate", "infer", "train"]
+
+# Bytes a parameter of an update of Adam reads and writes: parameter and two moments in
+# and out, and the gradient in, all float32.
+UPDATE_BYTES = 28
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CallWork:
+    """What a call has to do, wherever it runs.
+
+    Attributes:
+        kind: of the call.
+        model: of its role.
+        num_rows: B, sequences.
+        prompt_tokens: mean of a sequence.
+        new_tokens: mean of a sequence; 0 where prompt and completion are not told
+            apart.
+        most_new_tokens: of any sequence.
+        num_updates: optimizer steps, each on as many of the rows.
+        num_epochs: times each row is trained on.
+        microbatch_tokens: of a row shard; 0 takes a minibatch at once, or with stages
+            in twice as many parts as stages.
+        itemsize: bytes of a number in the products.
+        remat: as of a role.
+        slots: completions a row shard decodes at a time; 0 is all.
+    """
+
+    kind: Kind
+    model: ModelConfig
+    num_rows: int
+    prompt_tokens: float
+    new_tokens: float = 0.0
+    most_new_tokens: int = 0
+    num_updates: int = 1
+    num_epochs: int = 1
+    microbatch_tokens: int = 0
+    itemsize: int = 2
+    remat: str = "none"
+    slots: int = 0
+
+    @property
+    def length(self) -> float:
+        """Mean tokens of a sequence."""
+        return self.prompt_tokens + self.new_tokens
+
+
+class Quantities(NamedTuple):
+    """What a call takes of the devices it runs on: of the busiest one of them.
+
+    Attributes:
+        products: seconds of its matrix products at the data sheet's rate.
+        memory: seconds of its traffic with device memory, likewise.
+        link: seconds of its traffic between devices of a node.
+        network: seconds of its traffic between nodes.
+        host: seconds of its traffic with host memory.
+        layers: layers run one after another while decoding.
+        hops: hand-overs between stages, and rounds of collectives.
+        programs: programs launched one after another.
+    """
+
+    products: float = 0.0
+    memory: float = 0.0
+    link: float = 0.0
+    network: float = 0.0
+    host: float = 0.0
+    layers: float = 0.0
+    hops: float = 0.0
+    programs: float = 0.0
+
+    def plus(self, other: "Quantities") -> "Quantities":
+        """Add up, one after the other."""
+        return Quantities(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def times(self, factor: float) -> "Quantities":
+        """Repeat."""
+        return Quantities(*(factor * a for a in self))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Coefficients:
+    """How a kind of device does beside its data sheet.
+
+    Attributes:
+        products: times slower than the data sheet's matrix rate; at least 1 on a real
+            machine.
+        memory: the same of memory.
+        link: the same of links within a node.
+        network: the same of those between nodes.
+        host: the same of links to host memory.
+        layer_seconds: of a layer of one decode step beside its products and traffic.
+        hop_seconds: of a hand-over between stages, or a round of a collective.
+        program_seconds: of a program beside its work.
+    """
+
+    products: float = 1.8
+    memory: float = 1.4
+    link: float = 1.5
+    network: float = 1.5
+    host: float = 1.3
+    layer_seconds: float = 40e-6
+    hop_seconds: float = 20e-6
+    program_seconds: float = 1e-3
+
+    def seconds(self, quantities: Quantities) -> float:
+        """Return the seconds of some work."""
+        return math.fsum(
+            a * b for a, b in zip(dataclasses.astuple(self), quantities, strict=True)
+        )
+
+
+def quantities(work: CallWork, allocation: Allocation, cluster: Cluster) -> Quantities:
+    """Return what a call takes on an allocation.
+
+    Generation over stages is priced, as ReaL's plans have it, though no plan of ours
+    does: every stage then waits for the others at every token.
+
+    Args:
+        work: of the call.
+        allocation: its sizes and devices.
+        cluster: the machine.
+    """
+    model = _Model(work.model, allocation, work.itemsize)
+    if work.kind == "generate":
+        return _generate(work, model, cluster)
+    return _packed(work, model, cluster)
+
+
+class _Model:
+    """Counts of a model as one device has it."""
+
+    def __init__(self, config: ModelConfig, allocation: Allocation, itemsize: int):
+        self.config, self.allocation, self.itemsize = config, allocation, itemsize
+        heads = config.num_heads + config.num_kv_heads
+        self.attention = 2 * heads * config.head_dim * config.width
+        matrices = 3 if config.is_gated else 2
+        self.mlp = matrices * config.width * config.mlp_width
+        self.num_experts = config.moe.num_experts if config.moe else 1
+        self.top_k = config.moe.top_k if config.moe else 1
+        is_language = config.head == "language"
+        self.head = config.vocab_size * config.width if is_language else config.width
+        self.embedding = config.vocab_size * config.width
+        self.stage_layers = config.num_layers / allocation.stage
+
+    @property
+    def used(self) -> float:
+        """Parameters that one token is multiplied with, of all layers."""
+        layer = self.attention + self.top_k * self.mlp
+        return self.config.num_layers * layer + self.head
+
+    @property
+    def stored(self) -> float:
+        """All parameters in matrices."""
+        layer = self.attention + self.num_experts * self.mlp
+        tied = self.embedding if self.config.tie_embeddings else 0
+        return self.config.num_layers * layer + self.head + self.embedding - tied
+
+    @property
+    def parts(self) -> int:
+        """Devices over which one token's products are spread at the same time."""
+        return self.allocation.tensor * self.allocation.stage
+
+    def flops(self, num_tokens: float, context: float) -> float:
+        """Of a forward pass over some tokens that each see `context` others."""
+        config = self.config
+        width = config.num_heads * config.head_dim
+        scores = 4 * config.num_layers * width * context
+        return num_tokens * (2 * self.used + scores)
+
+    def read_bytes(self, num_tokens: float) -> float:
+        """Of the parameters that a pass over some tokens reads, on one device."""
+        seen = min(1.0, num_tokens * self.top_k / self.num_experts)
+        layer = self.attention + seen * self.num_experts * self.mlp
+        all_layers = self.config.num_layers * layer + self.head
+        return self.itemsize * all_layers / (self.parts * self.allocation.expert)
+
+    def cache_bytes(self, num_tokens: float) -> float:
+        """Of keys and values of some tokens, of this device's layers and heads."""
+        tensor = self.allocation.tensor
+        heads = math.lcm(self.config.num_kv_heads, tensor) / tensor
+        one = 2 * heads * self.config.head_dim * self.itemsize
+        return num_tokens * self.stage_layers * one
+
+
+def _generate(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
+    allocation = model.allocation
+    rows = work.num_rows / allocation.num_row_shards
+    prompt = work.prompt_tokens
+    prefill = _forward(model, cluster, rows * prompt, prompt / 2, passes=1.0)
+    groups = min(allocation.stage, max(1, math.floor(rows)))
+    slots = min(rows, work.slots or rows)
+    # Slots are refilled as rows end; only the last rows leave some empty.
+    longest = max(work.most_new_tokens, work.new_tokens)
+    steps = rows * work.new_tokens / slots + (longest - work.new_tokens)
+    context = prompt + work.new_tokens / 2
+    tokens = rows * work.new_tokens
+    # Stages: each reads its weights once for every group of rows.
+    read = steps * groups * model.read_bytes(slots / groups)
+    read += model.cache_bytes(tokens * context)
+    flops = model.flops(tokens, context) / model.parts
+    sums = 2 * model.stage_layers * steps * groups if allocation.tensor > 1 else 0
+    # Where fsdp or expert cut the weights, every step gathers those of all layers.
+    gathered = steps * groups * _gather_bytes(model)
+    decode = Quantities(
+        products=flops / cluster.device.flops_per_second,
+        memory=read / cluster.device.bytes_per_second,
+        layers=steps * groups * model.stage_layers,
+        hops=sums + (steps * groups if allocation.stage > 1 else 0),
+        programs=steps,
+    )
+    hidden = tokens * model.config.width * model.itemsize
+    decode = decode.plus(
+        _sent(cluster, allocation.tensor, _reduced(allocation.tensor, hidden)).times(
+            2 * model.stage_layers
+        )
+    )
+    decode = decode.plus(_sent(cluster, _row_span(allocation), gathered))
+    return prefill.plus(decode._replace(programs=1.0))
+
+
+def _packed(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
+    allocation = model.allocation
+    tokens = work.num_rows * work.length * work.num_epochs / allocation.num_row_shards
+    if work.kind == "infer":
+        return _forward(
+            model,
+            *(cluster, tokens, work.length / 2),
+            passes=_num_microbatches(work, allocation, tokens),
+        )
+    # Backward is twice the work of forward; with remat forward runs again.
+    again = 1 if work.remat in ("block", "offload") else 0
+    updates = work.num_updates * work.num_epochs
+    microbatches = updates * _num_microbatches(work, allocation, tokens / updates)
+    forward = _forward(model, cluster, tokens, work.length / 2, passes=microbatches)
+    # Parameters are gathered again, and sums over tensor are as in the forward pass.
+    backward = forward._replace(
+        products=forward.products * (2 + again),
+        link=forward.link * (1 + again),
+        network=forward.network * (1 + again),
+        hops=forward.hops * (1 + again),
+        programs=0.0,
+    )
+    owned = model.stored / (model.parts * allocation.expert)
+    cut = owned / allocation.fsdp
+    # float32 gradients: scattered over fsdp in every microbatch, then summed over data.
+    scattered = microbatches * 4 * owned * _kept_share(allocation.fsdp)
+    summed = updates * _reduced(allocation.data, 4 * cut)
+    update = Quantities(
+        memory=updates * UPDATE_BYTES * cut / cluster.device.bytes_per_second,
+        hops=updates * (allocation.data > 1),
+        programs=updates,
+    )
+    gradients = _sent(cluster, _row_span(allocation), scattered + summed)
+    return forward.plus(backward).plus(gradients).plus(update)
+
+
+def _forward(
+    model: _Model, cluster: Cluster, tokens: float, context: float, *, passes: float
+) -> Quantities:
+    """Return what a forward pass over one row shard's tokens takes.
+
+    Args:
+        model: as one device has it.
+        cluster: the machine.
+        tokens: of a row shard, in all microbatches.
+        context: others that a token sees, in the mean.
+        passes: microbatches.
+    """
+    allocation = model.allocation
+    stage = allocation.stage
+    passes = max(passes, 1.0)
+    # The first and last stage idle while the pipeline fills and drains.
+    bubble = (passes + stage - 1) / passes
+    hidden = tokens * model.config.width * model.itemsize
+    sums = 2 * model.stage_layers * _reduced(allocation.tensor, hidden)
+    found = Quantities(
+        products=bubble
+        * model.flops(tokens, context)
+        / (model.parts * cluster.device.flops_per_second),
+        hops=bubble
+        * passes
+        * (2 * model.stage_layers * (allocation.tensor > 1) + (stage > 1)),
+        programs=passes,
+    )
+    found = found.plus(_sent(cluster, allocation.tensor, bubble * sums))
+    if stage > 1:
+        # Stages are the slowest axis: the next one is on another node as soon as a
+        # stage fills one.
+        span = allocation.size
+        found = found.plus(_sent(cluster, span, bubble * hidden))
+    gathered = passes * _gather_bytes(model)
+    found = found.plus(_sent(cluster, _row_span(allocation), gathered))
+    if allocation.expert > 1:
+        routed = 2 * model.stage_layers * model.top_k * hidden
+        share = _kept_share(allocation.expert)
+        found = found.plus(_sent(cluster, _row_span(allocation), routed * share))
+    return found
+
+
+def _num_microbatches(work: CallWork, allocation: Allocation, tokens: float) -> float:
+    if work.microbatch_tokens:
+        return max(1.0, math.ceil(tokens / work.microbatch_tokens))
+    if allocation.stage == 1:
+        return 1.0
+    return allocation.stage * (2.0 if work.kind == "train" else 1.0)
+
+
+def _gather_bytes(model: _Model) -> float:
+    """Of the weights of all of a device's layers that fsdp gathers in one pass."""
+    share = _kept_share(model.allocation.fsdp)
+    of_device = model.stored / (model.parts * model.allocation.expert)
+    return model.itemsize * of_device * share
+
+
+def _kept_share(parts: int) -> float:
+    """Of an array in equal parts, what a device gets of the others or gives them."""
+    return (parts - 1) / parts
+
+
+def _reduced(parts: int, num_bytes: float) -> float:
+    """Bytes a device sends when an array is summed over devices by a ring."""
+    return 2 * _kept_share(parts) * num_bytes
+
+
+def _row_span(allocation: Allocation) -> int:
+    """Devices among which the axes of rows reach; tensor is within."""
+    return allocation.num_row_shards * allocation.tensor
+
+
+def _sent(cluster: Cluster, span: int, num_bytes: float) -> Quantities:
+    """Return what it takes each device of a range to send some bytes to the others."""
+    if span <= cluster.devices_per_node:
+        return Quantities(link=num_bytes / cluster.link_bytes_per_second)
+    return Quantities(network=num_bytes / cluster.network_bytes_per_second)
+
+
+def fit(
+    measured: Sequence[tuple[Quantities, float]],
+    *,
+    prior: Coefficients | None = None,
+    trust: float = 0.05,
+) -> Coefficients:
+    """Find the coefficients that explain measured seconds, none below zero.
+
+    Least squares of relative errors. What the measurements say nothing of keeps to the
+    prior: a coefficient that is off by its own size costs as much as an error of
+    `trust` in one measurement.
+
+    Args:
+        measured: what was done, and its seconds.
+        prior: None is the default of `Coefficients`.
+        trust: of the prior.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    from scipy.optimize import nnls  # JAX depends on SciPy.
+
+    if not measured:
+        raise ValueError(
+            "There are no measurements to fit coefficients to. Give at least one."
+        )
+    start = np.asarray(dataclasses.astuple(prior or Coefficients()))
+    rows = np.asarray([q for q, _ in measured], np.float64)
+    seconds = np.asarray([s for _, s in measured], np.float64)
+    # In units of the prior: every coefficient is about 1.
+    matrix = rows * start / seconds[:, None]
+    pull = trust * np.eye(len(start))
+    system = np.concatenate([matrix, pull])
+    wanted = np.concatenate([np.ones(len(seconds)), trust * np.ones(len(start))])
+    found, _ = nnls(system, wanted)
+    names = [field.name for field in dataclasses.fields(Coefficients)]
+    return Coefficients(**dict(zip(names, map(float, found * start), strict=True)))

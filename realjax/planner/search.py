@@ -1,0 +1,237 @@
+"""The search for the plan whose step takes the least time and fits the memory.
+
+Some hundred chains of simulated annealing walk at the same time. A move gives one call
+another option: any, or the same strategy on other devices, or another strategy on the
+same. Plans that do not fit are never accepted; how much they are beyond the memory only
+orders plans while none is known that fits.
+
+`lower_bound` says how much better any plan could be at most.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realjax.core.arrays import Array, Int, Key
+from realjax.planner.simulate import Problem, price
+from realjax.planner.space import Space
+
+CHAINS = 256
+MOVES_AT_A_TIME = 64
+RESTART_SHARE = 0.25
+"""Of the chains, the worst, that go on from the best plan after some moves."""
+
+FIRST_TEMPERATURE, LAST_TEMPERATURE = 0.2, 0.002
+"""Of the seconds of the best plan so far: a move that is worse by so much is taken with
+probability 1 / e."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """The best plan that a search has seen.
+
+    Attributes:
+        plan: the number of each call's option.
+        seconds: of a step.
+        memory_bytes: the most on any device.
+        lower_bound: no plan takes less, under the model.
+        num_priced: plans that were looked at.
+        history: seconds since the beginning, and the best plan's, whenever it changed.
+    """
+
+    plan: tuple[int, ...]
+    seconds: float
+    memory_bytes: float
+    lower_bound: float
+    num_priced: int
+    history: tuple[tuple[float, float], ...]
+
+    @property
+    def gap(self) -> float:
+        """How much longer a step takes than the lower bound, as a share."""
+        return self.seconds / self.lower_bound - 1
+
+
+class _Chains(NamedTuple):
+    plans: Int[Array, "N C"]
+    cost: Array
+    key: Key[Array, ""]
+
+
+def search(
+    space: Space,
+    *,
+    seconds: float = 5.0,
+    seed: int = 0,
+    starts: Sequence[Sequence[int]] = (),
+    most_moves: int | None = None,
+) -> Found:
+    """Search for the best plan for some time.
+
+    With `most_moves` the result depends on the seed alone; with time it also depends on
+    the machine.
+
+    Args:
+        space: the plans.
+        seconds: of the search, after compilation.
+        seed: of its moves.
+        starts: plans to begin with, beside each call's fastest options.
+        most_moves: of each chain; None is as many as there is time for.
+
+    Raises:
+        ValueError: no plan was found that fits the memory.
+    """
+    counts = jnp.asarray([len(options) for options in space.options])
+    key = jax.random.key(seed)
+    plans = _first_plans(space, key, starts)
+    cost = _cost(space.problem, plans)
+    chains = _Chains(plans, cost, key)
+    walk = functools.partial(_walk, space.problem, counts)
+    jax.block_until_ready(walk(chains, jnp.float32(0.1)))  # Compiles.
+    best_plan, best_cost = _best(chains)
+    begin, moves, history = time.monotonic(), 0, []
+    while True:
+        passed = time.monotonic() - begin
+        done = passed / seconds if most_moves is None else moves / most_moves
+        if done >= 1:
+            break
+        share = FIRST_TEMPERATURE * (LAST_TEMPERATURE / FIRST_TEMPERATURE) ** done
+        chains = walk(chains, jnp.float32(share * best_cost))
+        moves += MOVES_AT_A_TIME
+        plan, cost = _best(chains)
+        if cost < best_cost:
+            best_plan, best_cost = plan, cost
+            history.append((time.monotonic() - begin, cost))
+    priced = price(space.problem, jnp.asarray([best_plan]))
+    limit = float(space.problem.memory_bytes)
+    if float(priced.memory_bytes[0]) > limit:
+        raise ValueError(
+            f"No plan was found that fits: the best one takes"
+            f" {float(priced.memory_bytes[0]) / 2**30:.1f} GiB of a device, and it has"
+            f" {limit / 2**30:.1f}. Search longer, give more devices, or offload roles"
+            " (config.roles.<role>.offload)."
+        )
+    return Found(
+        plan=tuple(int(number) for number in best_plan),
+        seconds=float(priced.seconds[0]),
+        memory_bytes=float(priced.memory_bytes[0]),
+        lower_bound=lower_bound(space),
+        num_priced=CHAINS * (moves + 1),
+        history=tuple(history),
+    )
+
+
+def _first_plans(
+    space: Space, key: Key[Array, ""], starts: Sequence[Sequence[int]]
+) -> Int[Array, "N C"]:
+    """Return a plan for each chain: those given, the fastest options, random ones."""
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    columns = []
+    for options in space.options:
+        by_speed = np.argsort([option.seconds for option in options], kind="stable")
+        # Mostly fast ones: the square of a uniform number.
+        drawn = generator.random(CHAINS) ** 2 * len(options)
+        column = by_speed[drawn.astype(np.int64)]
+        column[0] = by_speed[0]
+        columns.append(column)
+    plans = np.stack(columns, axis=1)
+    for number, start in enumerate(starts):
+        plans[(number + 1) % CHAINS] = start
+    return jnp.asarray(plans, jnp.int32)
+
+
+def _cost(problem: Problem, plans: Int[Array, "N C"]) -> Array:
+    """Return seconds; of plans that do not fit, something longer than any that does."""
+    found = price(problem, plans)
+    excess = found.memory_bytes / problem.memory_bytes
+    longest = problem.options.seconds.max(axis=1).sum() * 10
+    return jnp.where(excess <= 1, found.seconds, longest * excess)
+
+
+@functools.partial(jax.jit, static_argnums=())
+def _walk(
+    problem: Problem, counts: Int[Array, "C"], chains: _Chains, temperature: Array
+) -> _Chains:
+    """Make some moves in every chain, then let the worst go on from the best."""
+
+    def move(chains: _Chains, _) -> tuple[_Chains, None]:
+        keys = jax.random.split(chains.key, 4)
+        proposed = _proposed(problem, counts, chains.plans, keys[1], keys[2])
+        cost = _cost(problem, proposed)
+        worse = (cost - chains.cost) / temperature
+        chance = jax.random.uniform(keys[3], worse.shape)
+        is_taken = chance < jnp.exp(-worse)
+        plans = jnp.where(is_taken[:, None], proposed, chains.plans)
+        return _Chains(plans, jnp.where(is_taken, cost, chains.cost), keys[0]), None
+
+    chains, _ = jax.lax.scan(move, chains, length=MOVES_AT_A_TIME)
+    order = jnp.argsort(chains.cost)
+    count = round(CHAINS * RESTART_SHARE)
+    worst, best = order[-count:], order[:count]
+    return chains._replace(
+        plans=chains.plans.at[worst].set(chains.plans[best]),
+        cost=chains.cost.at[worst].set(chains.cost[best]),
+    )
+
+
+def _proposed(
+    problem: Problem,
+    counts: Int[Array, "C"],
+    plans: Int[Array, "N C"],
+    key: Key[Array, ""],
+    choice_key: Key[Array, ""],
+) -> Int[Array, "N C"]:
+    """Give one call of every plan another option."""
+    num_chains, num_calls = plans.shape
+    keys = jax.random.split(key, 3)
+    call = jax.random.randint(keys[0], (num_chains,), 0, num_calls)
+    chain = jnp.arange(num_chains)
+    drawn = jax.random.uniform(keys[1], (num_chains,))
+    anywhere = (drawn * counts[call]).astype(jnp.int32)
+    # Some options near the one drawn: take what is on the devices of another call.
+    other = jax.random.randint(choice_key, (num_chains,), 0, num_calls)
+    start = problem.options.start[other, plans[chain, other]]
+    size = problem.options.size[other, plans[chain, other]]
+    offsets = jnp.arange(16)[None]
+    near = jnp.minimum(anywhere[:, None] + offsets, counts[call][:, None] - 1)
+    is_there = (problem.options.start[call[:, None], near] == start[:, None]) & (
+        problem.options.size[call[:, None], near] == size[:, None]
+    )
+    first = jnp.argmax(is_there, axis=1)
+    beside = jnp.where(is_there.any(axis=1), near[chain, first], anywhere)
+    is_beside = jax.random.bernoulli(keys[2], 0.5, (num_chains,))
+    return plans.at[chain, call].set(jnp.where(is_beside, beside, anywhere))
+
+
+def _best(chains: _Chains) -> tuple[np.ndarray, float]:
+    index = int(jnp.argmin(chains.cost))
+    return np.asarray(chains.plans[index]), float(chains.cost[index])
+
+
+def lower_bound(space: Space) -> float:
+    """Return seconds that no plan's step can be shorter than.
+
+    The longer one of two: the fastest options along the longest chain of calls that
+    read from each other, on devices that are always free; and the least device-seconds
+    of all calls, spread over all devices.
+    """
+    fastest = [min(o.seconds for o in options) for options in space.options]
+    reads = np.asarray(space.problem.reads)
+    ends: list[float] = []
+    for index, seconds in enumerate(fastest):
+        before = [ends[j] for j in range(index) if reads[index, j]]
+        ends.append(seconds + max(before, default=0.0))
+    num_devices = max(
+        option.allocation.size for options in space.options for option in options
+    )
+    work = sum(
+        min(option.seconds * option.allocation.size for option in options)
+        for options in space.options
+    )
+    return max(max(ends), work / num_devices)

@@ -1,0 +1,106 @@
+"""Which allocations a call may have: aligned ranges of devices, and splits of them.
+
+    8 devices     0-7   0-3 4-7   0-1 2-3 4-5 6-7   0 1 2 … 7
+    of 4          d4  f4  t4  d2t2  f2t2  d2f2  s2t2  …
+
+A range is a power of two devices of a node, or whole nodes, again a power of two of
+them (or all there are), and begins at a multiple of its own size: two ranges are then
+one within the other, or apart.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+from realjax.models.config import ModelConfig
+from realjax.parallel.allocation import Allocation
+from realjax.parallel.sharding import check_fit
+from realjax.planner.cluster import Cluster
+
+Range = tuple[int, int]
+"""First device, and how many."""
+
+AXES = ("data", "fsdp", "tensor", "stage", "expert")
+
+
+def range_sizes(cluster: Cluster) -> tuple[int, ...]:
+    """Return the sizes of ranges, the smallest first."""
+    of_node = cluster.devices_per_node
+    sizes = {size for size in _powers(of_node)} | {of_node}
+    sizes |= {of_node * count for count in _powers(cluster.num_nodes)}
+    return tuple(sorted(sizes | {cluster.num_devices}))
+
+
+def ranges(cluster: Cluster) -> tuple[Range, ...]:
+    """Return all ranges of a cluster, the largest first."""
+    found = []
+    for size in reversed(range_sizes(cluster)):
+        if size >= cluster.devices_per_node:
+            starts = range(0, cluster.num_devices - size + 1, size)
+        else:
+            # Within each node, from its own first device on.
+            starts = (
+                node + start
+                for node in range(0, cluster.num_devices, cluster.devices_per_node)
+                for start in range(0, cluster.devices_per_node - size + 1, size)
+            )
+        found += [(start, size) for start in starts]
+    return tuple(found)
+
+
+def strategies(
+    num_devices: int,
+    model: ModelConfig,
+    cluster: Cluster,
+    *,
+    num_rows: int,
+    is_generating: bool = False,
+) -> Iterator[Allocation]:
+    """Go over the strategies of a call on the first devices of a cluster.
+
+    Args:
+        num_devices: of the call.
+        model: of its role.
+        cluster: the machine; tensor and expert stay within a node.
+        num_rows: sequences it has at a time, at least one for every row shard.
+        is_generating: leaves out stages, which would wait for each other at every
+            token.
+    """
+    for sizes in factorizations(num_devices, len(AXES)):
+        named = dict(zip(AXES, sizes, strict=True))
+        if named["tensor"] * named["expert"] > cluster.devices_per_node:
+            continue
+        if is_generating and named["stage"] > 1:
+            continue
+        if named["stage"] > model.num_layers:
+            continue
+        allocation = Allocation(**named)
+        if allocation.num_row_shards > num_rows:
+            continue
+        try:
+            check_fit(allocation, model)
+        except ValueError:
+            continue
+        yield allocation
+
+
+def factorizations(number: int, count: int) -> Iterator[tuple[int, ...]]:
+    """Go over the ways to write a number as a product of so many factors, in order.
+
+    Example:
+        >>> list(factorizations(4, 2))
+        [(1, 4), (2, 2), (4, 1)]
+    """
+    if count == 1:
+        yield (number,)
+        return
+    for first in _divisors(number):
+        for rest in factorizations(number // first, count - 1):
+            yield (first, *rest)
+
+
+def _powers(limit: int) -> Iterator[int]:
+    return itertools.takewhile(lambda n: n <= limit, (2**k for k in itertools.count()))
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

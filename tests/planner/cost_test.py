@@ -1,0 +1,199 @@
+"""Tests of `realjax/planner/cost.py`."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from realjax.models.config import ModelConfig
+from realjax.models.families import llama
+from realjax.parallel.allocation import Allocation
+from realjax.planner.cluster import Cluster
+from realjax.planner.cost import (
+    CallWork,
+    Coefficients,
+    Quantities,
+    fit,
+    quantities,
+)
+
+ROWS = json.loads(
+    (pathlib.Path(__file__).parent / "heuristic_seconds.json").read_text()
+)
+TRUST = 0.01
+"""In the prior, beside seconds of whole steps."""
+
+# Llama 2, and Code Llama of 34: layers, width, mlp, heads, key heads.
+SIZES = {
+    7: (32, 4096, 11008, 32, 32),
+    13: (40, 5120, 13824, 40, 40),
+    34: (48, 8192, 22016, 64, 8),
+    70: (80, 8192, 28672, 64, 8),
+}
+
+
+def model(size, head):
+    layers, width, mlp, heads, kv_heads = SIZES[size]
+    return ModelConfig(
+        vocab_size=32000,
+        width=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=width // heads,
+        mlp_width=mlp,
+        head=head,
+    )
+
+
+def step_of_row(row):
+    """The six calls of ReaL's heuristic plan, one after another."""
+    nodes = row["gpus"] // 8
+    cluster = Cluster.load(f"{nodes}x8xh100")
+    allocation = Allocation(tensor=8, stage=nodes)
+    policy = model(row["policy_reference_size_b"], "language")
+    critic = model(row["critic_reward_size_b"], "scalar")
+    lengths = {
+        "num_rows": row["batch_sequences"],
+        "prompt_tokens": row["prompt_tokens"],
+        "new_tokens": row["generated_tokens"],
+        "most_new_tokens": row["generated_tokens"],
+    }
+    calls = [("generate", policy), ("train", policy), ("train", critic)]
+    calls += [("infer", critic), ("infer", policy), ("infer", critic)]
+    total = Quantities()
+    for kind, config in calls:
+        training = {"num_updates": 4, "remat": "block"} if kind == "train" else {}
+        work = CallWork(kind=kind, model=config, **lengths, **training)
+        total = total.plus(quantities(work, allocation, cluster))
+    return total
+
+
+def test_steps_of_reals_heuristic_plan_are_predicted_without_having_seen_them():
+    steps = [(step_of_row(row), row["heuristic_seconds"]) for row in ROWS["rows"]]
+    errors = []
+    for index, (needs, seconds) in enumerate(steps):
+        others = steps[:index] + steps[index + 1 :]
+        predicted = fit(others, trust=TRUST).seconds(needs)
+        errors.append(abs(predicted / seconds - 1))
+    assert len(errors) == 15
+    assert np.mean(errors) < 0.08
+    assert max(errors) < 0.20
+
+
+def test_a_fit_finds_the_coefficients_that_made_the_seconds():
+    generator = np.random.default_rng(0)
+    truth = Coefficients(products=2.5, layer_seconds=1e-4)
+    units = 1 / np.asarray(dataclasses.astuple(truth))
+    needs = [Quantities(*(units * generator.random(8))) for _ in range(40)]
+    found = fit([(q, truth.seconds(q)) for q in needs], trust=1e-6)
+    for name, value in dataclasses.asdict(truth).items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-4)
+
+
+def test_a_fit_keeps_to_the_prior_where_nothing_was_measured():
+    prior = Coefficients()
+    found = fit([(Quantities(products=1.0), 3.0)], trust=0.01)
+    assert found.products == pytest.approx(3.0, rel=1e-3)
+    assert found.network == pytest.approx(prior.network)
+    with pytest.raises(ValueError, match="no measurements"):
+        fit([])
+
+
+CLUSTER = Cluster.load("8xh100")
+
+
+def train(strategy, cluster=CLUSTER, **changes):
+    work = CallWork(
+        kind="train",
+        model=llama.size("3.1-8b"),
+        num_rows=256,
+        prompt_tokens=1024,
+        **changes,
+    )
+    return quantities(work, Allocation.parse(strategy), cluster)
+
+
+def test_products_are_those_of_the_papers():
+    # 6 N T and 12 L H K T context / 2 for a causal mask.
+    config, tokens = llama.size("3.1-8b"), 256 * 1024
+    matrices = config.num_parameters - 2 * config.vocab_size * config.width
+    norms = (2 * 32 + 1) * 4096
+    head = config.vocab_size * config.width
+    flops = 6 * (matrices - norms + head) * tokens
+    flops += 12 * 32 * 4096 * tokens * 1024 / 2
+    found = train("d1").products * CLUSTER.device.flops_per_second
+    assert found == pytest.approx(flops, rel=1e-6)
+    # The forward pass again.
+    assert train("d1", remat="block").products == pytest.approx(
+        train("d1").products * 4 / 3
+    )
+
+
+def test_devices_share_the_products():
+    whole = train("d1").products
+    for strategy in ("d8", "f8", "t8", "d2f2t2"):
+        assert train(strategy).products == pytest.approx(whole / 8)
+    # Two stages and four microbatches: a fifth of the time one of them waits.
+    assert train("s2").products == pytest.approx(whole / 2 * 5 / 4)
+
+
+def test_each_axis_sends_what_it_must():
+    config = llama.size("3.1-8b")
+    assert train("d1").link == 0
+    # float32 gradients once around the ring, whatever the number of microbatches.
+    matrices = config.num_parameters - (2 * 32 + 1) * 4096
+    rate = CLUSTER.link_bytes_per_second
+    once = 2 * 7 / 8 * 4 * matrices / rate
+    assert train("d8").link == pytest.approx(once, rel=1e-6)
+    assert train("d8", microbatch_tokens=4096).link == pytest.approx(once, rel=1e-6)
+    # Parameters gathered forward and backward, and gradients scattered, in each.
+    pieces = (2 + 2 + 4) * 7 / 8 * matrices / rate
+    assert train("f8").link == pytest.approx(pieces, rel=1e-6)
+    assert train("f8", microbatch_tokens=4096).link == pytest.approx(8 * pieces)
+    # Sums of hidden states: twice a layer, forward and backward.
+    sums = 4 * 32 * 2 * 7 / 8 * 256 * 1024 * 4096 * 2 / rate
+    assert train("t8").link == pytest.approx(sums, rel=1e-6)
+    assert train("d8").network == train("t8").network == 0
+    assert train("d16", cluster=Cluster.load("2x8xh100")).network > 0
+
+
+def generate(strategy, **changes):
+    work = {
+        "num_rows": 64,
+        "prompt_tokens": 0,
+        "new_tokens": 100,
+        "most_new_tokens": 100,
+    }
+    work = CallWork(kind="generate", model=llama.size("3.1-8b"), **(work | changes))
+    return quantities(work, Allocation.parse(strategy), CLUSTER)
+
+
+def test_a_step_of_decoding_reads_the_weights_and_the_cache():
+    config = llama.size("3.1-8b")
+    matrices = config.num_parameters - (2 * 32 + 1) * 4096
+    weights = 2 * (matrices - config.vocab_size * config.width)
+    cache = 2 * 8 * 128 * 2 * 32 * 50 * 64
+    found = generate("d1").memory * CLUSTER.device.bytes_per_second
+    assert found == pytest.approx(100 * (weights + cache), rel=1e-6)
+    # Tensor cuts both; data the cache alone.
+    assert generate("t8").memory == pytest.approx(generate("d1").memory / 8)
+    assert generate("d8").memory > generate("t8").memory * 6
+    assert generate("d1").layers == 100 * 32
+
+
+def test_slots_are_refilled():
+    # 64 rows in 16 slots take four times the steps; with a longest row, some more.
+    assert generate("d1", slots=16).layers == 4 * generate("d1").layers
+    longer = generate("d1", slots=16, most_new_tokens=300)
+    assert longer.layers == (400 + 200) * 32
+
+
+def test_stages_that_generate_read_their_weights_for_every_group():
+    one, two = generate("s1"), generate("s2")
+    # Half the layers, for two groups of rows: nothing is won.
+    assert two.layers == one.layers
+    # Two a token, and the prompts pass two stages.
+    assert two.hops == 202
