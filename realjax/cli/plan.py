@@ -12,6 +12,7 @@ before 0 runs beside the end of the step before. Seconds are those of a model of
 machine with default coefficients, not measured on it.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from realjax.cli import flags as cli_flags
 from realjax.cli.compile import run_config
 from realjax.planner.cluster import Cluster
 from realjax.planner.cost import Coefficients
-from realjax.planner.search import Found, search
+from realjax.planner.search import Found, search, tight_lower_bound
 from realjax.planner.simulate import price
 from realjax.planner.space import Space
 from realjax.planner.symmetric import symmetric_plans
@@ -78,6 +79,7 @@ def main(values: flags.FlagValues) -> int:
             seed=values.seed,
             starts=[plan for plan, _ in same],
         )
+        found = dataclasses.replace(found, lower_bound=tight_lower_bound(space))
     report = as_dict(space, found, cluster, same)
     print_table(space, found, report)
     print(json.dumps(report))

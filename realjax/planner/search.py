@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from realjax.core.arrays import Array, Int, Key
+from realjax.planner.exhaustive import best_of_all, relaxed
 from realjax.planner.simulate import Problem, price
 from realjax.planner.space import Space
 
@@ -40,7 +41,7 @@ class Found:
         plan: the number of each call's option.
         seconds: of a step.
         memory_bytes: the most on any device.
-        lower_bound: no plan takes less, under the model.
+        lower_bound: no plan takes less, under the model; see `lower_bound`.
         num_priced: plans that were looked at.
         history: seconds since the beginning, and the best plan's, whenever it changed.
     """
@@ -214,19 +215,46 @@ def _best(chains: _Chains) -> tuple[np.ndarray, float]:
     return np.asarray(chains.plans[index]), float(chains.cost[index])
 
 
+def tight_lower_bound(space: Space) -> float:
+    """Return seconds that no plan's step can be shorter than, and mostly not by much.
+
+    Where the ways to place the calls are few enough: the best of those, with each call
+    as fast as it can be there, and copies and memory for nothing (`relaxed`). That
+    takes some seconds on eight devices. Else `lower_bound`.
+    """
+    easier = relaxed(space)
+    return lower_bound(space) if easier is None else best_of_all(easier)[1]
+
+
 def lower_bound(space: Space) -> float:
     """Return seconds that no plan's step can be shorter than.
 
-    The longer one of two: the fastest options along the longest chain of calls that
-    read from each other, on devices that are always free; and the least device-seconds
-    of all calls, spread over all devices.
+    The longer one of two, both with each call's best option. The first is what a step
+    must end before the next may begin the same: from a call of a role, along calls that
+    read from each other, to the call that trains it. (Other chains of calls may overlap
+    with those of the next step.) The second is the least device-seconds of all calls,
+    spread over all devices.
     """
+    return max(_longest_way(space), _least_work(space))
+
+
+def _longest_way(space: Space) -> float:
     fastest = [min(o.seconds for o in options) for options in space.options]
     reads = np.asarray(space.problem.reads)
-    ends: list[float] = []
-    for index, seconds in enumerate(fastest):
-        before = [ends[j] for j in range(index) if reads[index, j]]
-        ends.append(seconds + max(before, default=0.0))
+    longest = 0.0
+    for first in range(len(fastest)):
+        last = int(space.problem.home[first])
+        # The longest way from `first` to every call after it.
+        ways = {first: fastest[first]}
+        for call in range(first + 1, last + 1):
+            before = [way for parent, way in ways.items() if reads[call, parent]]
+            if before:
+                ways[call] = fastest[call] + max(before)
+        longest = max(longest, fastest[first], ways.get(last, 0.0))
+    return longest
+
+
+def _least_work(space: Space) -> float:
     num_devices = max(
         option.allocation.size for options in space.options for option in options
     )
@@ -234,4 +262,4 @@ def lower_bound(space: Space) -> float:
         min(option.seconds * option.allocation.size for option in options)
         for options in space.options
     )
-    return max(max(ends), work / num_devices)
+    return work / num_devices

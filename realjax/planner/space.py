@@ -23,7 +23,7 @@ from realjax.planner.cluster import Cluster
 from realjax.planner.cost import CallWork, Coefficients, Quantities, quantities
 from realjax.planner.memory import CallBytes, Work, call_bytes
 from realjax.planner.simulate import Options, Problem
-from realjax.planner.strategies import Range, ranges, strategies
+from realjax.planner.strategies import Range, Rules, ranges, strategies
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +119,7 @@ def make_space(
     coefficients: Coefficients,
     *,
     microbatch_tokens: int,
+    rules: Rules | None = None,
 ) -> Space:
     """List the options of every call.
 
@@ -130,13 +131,14 @@ def make_space(
         cluster: the machine.
         coefficients: of its devices.
         microbatch_tokens: of the plans.
+        rules: which allocations are looked at; None is all.
 
     Raises:
         ValueError: a call fits nowhere, by itself; names it and the bytes.
     """
     names = [name for name in graph.order() if graph.calls[name].role is not None]
     homes = {role: _home(graph, role, names) for role in graph.roles}
-    everywhere = ranges(cluster)
+    everywhere = ranges(cluster, rules)
     found, num_rows = [], work.num_rows
     for name in names:
         node = graph.calls[name]
@@ -158,6 +160,7 @@ def make_space(
                     cluster,
                     num_rows=num_rows,
                     is_generating=isinstance(node.function, Generate),
+                    rules=rules,
                 )
             ]
         is_home = homes[role] == name

@@ -8,8 +8,10 @@ them (or all there are), and begins at a multiple of its own size: two ranges ar
 one within the other, or apart.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from realjax.models.config import ModelConfig
 from realjax.parallel.allocation import Allocation
@@ -22,6 +24,28 @@ Range = tuple[int, int]
 AXES = ("data", "fsdp", "tensor", "stage", "expert")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Which allocations are looked at.
+
+    Attributes:
+        axes: of strategies.
+        smallest_range: devices that a call has at least.
+        generates_in_stages: also where a call generates; every stage then waits for the
+            others at every token, and no run takes such a plan.
+    """
+
+    axes: tuple[str, ...] = AXES
+    smallest_range: int = 1
+    generates_in_stages: bool = False
+
+
+REAL = Rules(
+    axes=("data", "tensor", "stage"), smallest_range=4, generates_in_stages=True
+)
+"""Those of ReaL's search: halves of a node of 8 or whole nodes, and its three axes."""
+
+
 def range_sizes(cluster: Cluster) -> tuple[int, ...]:
     """Return the sizes of ranges, the smallest first."""
     of_node = cluster.devices_per_node
@@ -30,10 +54,12 @@ def range_sizes(cluster: Cluster) -> tuple[int, ...]:
     return tuple(sorted(sizes | {cluster.num_devices}))
 
 
-def ranges(cluster: Cluster) -> tuple[Range, ...]:
+def ranges(cluster: Cluster, rules: Rules | None = None) -> tuple[Range, ...]:
     """Return all ranges of a cluster, the largest first."""
     found = []
     for size in reversed(range_sizes(cluster)):
+        if rules is not None and size < rules.smallest_range:
+            continue
         if size >= cluster.devices_per_node:
             starts = range(0, cluster.num_devices - size + 1, size)
         else:
@@ -54,6 +80,7 @@ def strategies(
     *,
     num_rows: int,
     is_generating: bool = False,
+    rules: Rules | None = None,
 ) -> Iterator[Allocation]:
     """Go over the strategies of a call on the first devices of a cluster.
 
@@ -63,13 +90,16 @@ def strategies(
         cluster: the machine; tensor and expert stay within a node.
         num_rows: sequences it has at a time, at least one for every row shard.
         is_generating: leaves out stages, which would wait for each other at every
-            token.
+            token, if the rules do.
+        rules: None is `Rules()`.
     """
-    for sizes in factorizations(num_devices, len(AXES)):
-        named = dict(zip(AXES, sizes, strict=True))
+    rules = rules or Rules()
+    for sizes in factorizations(num_devices, len(rules.axes)):
+        named: dict[str, Any] = dict.fromkeys(AXES, 1)
+        named |= dict(zip(rules.axes, sizes, strict=True))
         if named["tensor"] * named["expert"] > cluster.devices_per_node:
             continue
-        if is_generating and named["stage"] > 1:
+        if is_generating and named["stage"] > 1 and not rules.generates_in_stages:
             continue
         if named["stage"] > model.num_layers:
             continue
