@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import _dispatch
-from pallas_kernels.interval_copy import mosaic, reference, slices
+from pallas_kernels import _dispatch, _tuning
+from pallas_kernels.interval_copy import mosaic, plans, reference, slices
 from pallas_kernels.interval_copy.api import copy, pack, plan_copy
 from pallas_kernels.interval_copy.blocks import Block
-from pallas_kernels.interval_copy.requests import Pair, packing, request_of
+from pallas_kernels.interval_copy.requests import Pair, Request, packing, request_of
 from pallas_kernels.testing.cases import Case, Limits
 
 ETA = 0.2
@@ -212,6 +212,9 @@ def _pack(
     blocks = tree.blocks()
     pairs, shape = packing(blocks)
     buffer = jax.ShapeDtypeStruct(shape, target)
+    request = request_of(
+        tree.shapes(source), [buffer], pairs, is_mixed=False, device=_dispatch.H200
+    )
 
     def with_layout(layout: mosaic.Blocks | None) -> Any:
         def run(*arrays: jax.Array) -> jax.Array:
@@ -242,8 +245,9 @@ def _pack(
         goal=0.8,
         limits=_limits(tree),
         gpus=("h200", "a100"),
-        candidates=_candidates(tree.shapes(source), [buffer], pairs, is_mixed=False),
+        candidates=mosaic.candidates(request),
         with_blocks=with_layout,
+        tuning_key=_tuning_key(request),
     )
 
 
@@ -271,6 +275,11 @@ def _unpack(
     pairs = [(there, here) for here, there in packing(tree.blocks())[0]]
     buffer = jax.ShapeDtypeStruct((tree.num_elements,), source)
     plan = plan_copy([buffer], tree.shapes(target), pairs)
+    request = request_of(
+        *([buffer], tree.shapes(target), pairs),
+        is_mixed=eta is not None,
+        device=_dispatch.H200,
+    )
 
     def inputs(key: jax.Array) -> tuple[Any, ...]:
         one, other = jax.random.split(key)
@@ -311,10 +320,9 @@ def _unpack(
         limits=_limits(tree),
         gpus=("h200", "a100"),
         donated=tuple(range(1, 1 + len(tree.leaves))),
-        candidates=_candidates(
-            [buffer], tree.shapes(target), pairs, is_mixed=eta is not None
-        ),
+        candidates=mosaic.candidates(request),
         with_blocks=with_layout,
+        tuning_key=_tuning_key(request),
     )
 
 
@@ -339,13 +347,9 @@ def _each(
     return made
 
 
-def _candidates(
-    sources: Any, targets: Any, pairs: list[Pair], *, is_mixed: bool
-) -> tuple[mosaic.Blocks, ...]:
-    request = request_of(
-        sources, targets, pairs, is_mixed=is_mixed, device=_dispatch.H200
-    )
-    return mosaic.candidates(request)
+def _tuning_key(request: Request) -> str:
+    plan = plans.plan_of(request.rows, mosaic.LARGEST_GRANULE)
+    return _tuning.key_of(*mosaic.tuning_of(request, plan))
 
 
 def _bytes(tree: _Tree, source: str, target: str, *, is_mixed: bool = False) -> int:

@@ -146,18 +146,24 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def blocks_of(request: Request, granule: int) -> Blocks:
-    """Return the layout for a request that is copied by such granules at most."""
+def tuning_of(request: Request, plan: Plan) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the types and the shape that layouts are measured for.
+
+    The shape is the largest granule.
+    """
+    kind = "mixed" if request.is_mixed else "copied"
+    granules = (granule for launch in plan.granules for granule in launch)
+    return (request.source_dtypes[0], request.target_dtypes[0], kind), (max(granules),)
+
+
+def _tuned_blocks(request: Request, plan: Plan) -> Blocks:
+    dtypes, shape = tuning_of(request, plan)
     return _tuning.tuned(
         "interval_copy",
         default_blocks(request),
         device=request.device,
-        dtypes=(
-            request.source_dtypes[0],
-            request.target_dtypes[0],
-            "mixed" if request.is_mixed else "copied",
-        ),
-        shape=(granule,),
+        dtypes=dtypes,
+        shape=shape,
     )
 
 
@@ -201,8 +207,7 @@ def copy(
         eta: the weight of the blocks; None copies them.
         layout: of the kernel; None takes what was measured.
     """
-    most = max(granule for launch in plan.granules for granule in launch)
-    layout = layout or blocks_of(request, most)
+    layout = layout or _tuned_blocks(request, plan)
     units = sum(math.prod(target.shape) // plans.UNIT for target in targets)
     layout = dataclasses.replace(layout, programs=min(layout.programs, units))
     refs = {

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import _dispatch
+from pallas_kernels import _dispatch, _tuning
 from pallas_kernels.linear_logprob.reference import scaled_logits
 from pallas_kernels.sampling import bisection, mosaic
 from pallas_kernels.sampling.api import sample
@@ -255,6 +255,7 @@ def _case(name: str, shape: Shape, *, is_tiny: bool) -> Case:
         gpus=("h200", "a100"),
         candidates=() if is_tiny else mosaic.candidates(shape.request),
         with_blocks=functools.partial(functools.partial, draw_with, shape),
+        tuning_key=_tuning.key_of(*mosaic.tuning_of(shape.request)),
     )
 
 

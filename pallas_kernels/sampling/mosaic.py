@@ -79,6 +79,24 @@ def candidates(request: Request) -> tuple[Blocks, ...]:
     )
 
 
+def tuning_of(request: Request) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Return types, with the filters, and the shape that layouts are measured for."""
+    filters = request.filters
+    has = f"k{int(filters.top_k > 0)}p{int(filters.top_p < 1)}"
+    return (jnp.dtype(request.dtype), has), request.shape
+
+
+def _tuned_blocks(request: Request) -> Blocks:
+    dtypes, shape = tuning_of(request)
+    return _tuning.tuned(
+        "sampling",
+        default_blocks(request),
+        device=request.device,
+        dtypes=dtypes,
+        shape=shape,
+    )
+
+
 def unsupported(request: Request) -> str | None:
     """Return why the kernel cannot draw so, or None."""
     device = request.device
@@ -102,13 +120,7 @@ def sample(
     blocks: Blocks | None = None,
 ) -> Draw:
     """Draw as `api.sample` says; the kernel divides by the temperature."""
-    blocks = blocks or _tuning.tuned(
-        "sampling",
-        default_blocks(request),
-        device=request.device,
-        dtypes=(jnp.dtype(request.dtype),),
-        shape=request.shape,
-    )
+    blocks = blocks or _tuned_blocks(request)
     filters = request.filters
     if request.is_small_set:
         return _sample_small_set(logits, uniforms, filters, blocks)

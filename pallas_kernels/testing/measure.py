@@ -53,7 +53,7 @@ def measure(
     for name in names or case.implementations:
         run = jax.jit(case.implementations[name], donate_argnums=tuple(case.donated))
         try:
-            found = run(*_copies(case, sets[0]))
+            found = run(*undonated(case, sets[0]))
             error = largest_error(found, expected)
         except Exception as failure:  # One that cannot run must not stop the others.
             results[name] = {"failure": f"{type(failure).__name__}: {failure}"[:500]}
@@ -102,8 +102,8 @@ def _error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(error) if np.isfinite(error) else float("inf")
 
 
-def _copies(case: Case, inputs: Sequence[Any]) -> list[Any]:
-    """Copy the inputs that are given away."""
+def undonated(case: Case, inputs: Sequence[Any]) -> list[Any]:
+    """Return inputs of which those that will be given away are copies."""
     return [
         jax.tree.map(jnp.copy, x) if number in case.donated else x
         for number, x in enumerate(inputs)
@@ -118,7 +118,7 @@ def _seconds(
     for number in range(ROUNDS * len(sets)):
         inputs = sets[number % len(sets)]
         for name, run in runs.items():
-            took = device_seconds(run, *_copies(case, inputs))
+            took = device_seconds(run, *undonated(case, inputs))
             if number >= len(sets):  # The first round warms up.
                 seconds[name].append(took)
     return seconds

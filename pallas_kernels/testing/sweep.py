@@ -22,7 +22,7 @@ from pallas_kernels import _dispatch, _tuning
 from pallas_kernels.testing import aot, resources
 from pallas_kernels.testing.aot_check import all_cases
 from pallas_kernels.testing.cases import Case
-from pallas_kernels.testing.measure import device_seconds, largest_error
+from pallas_kernels.testing.measure import device_seconds, largest_error, undonated
 
 ROUNDS = 5
 
@@ -75,8 +75,8 @@ def _fastest(case: Case, candidates: Sequence[Any]) -> dict[str, Any]:
     expected = case.reference(*inputs)
     runs = {}
     for blocks in candidates:
-        run = jax.jit(case.with_blocks(blocks))
-        error = largest_error(run(*inputs), expected)
+        run = jax.jit(case.with_blocks(blocks), donate_argnums=tuple(case.donated))
+        error = largest_error(run(*undonated(case, inputs)), expected)
         if error <= case.tolerance:
             runs[blocks] = run
         else:
@@ -84,7 +84,7 @@ def _fastest(case: Case, candidates: Sequence[Any]) -> dict[str, Any]:
     seconds: dict[Any, list[float]] = {blocks: [] for blocks in runs}
     for _ in range(ROUNDS):
         for blocks, run in runs.items():
-            seconds[blocks].append(device_seconds(run, *inputs))
+            seconds[blocks].append(device_seconds(run, *undonated(case, inputs)))
     medians = {blocks: statistics.median(took) for blocks, took in seconds.items()}
     best = min(medians, key=lambda blocks: medians[blocks])
     _say(case, best, f"fastest, {1e6 * medians[best]:.1f} µs")

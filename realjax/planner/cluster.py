@@ -10,7 +10,6 @@ them is a matter of `Coefficients`.
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 from typing import Any
@@ -53,10 +52,6 @@ class Cluster:
         link_bytes_per_second: between two devices of a node.
         network_bytes_per_second: between devices of two nodes, for each device.
         host_memory_bytes: of a node.
-        concurrent_devices: devices of a node that compute at full speed at the same
-            time: all, but on a CPU with more virtual devices than cores.
-        is_serial: programs over several devices run one after another, as XLA's CPU
-            client has it.
     """
 
     device: Device
@@ -65,13 +60,9 @@ class Cluster:
     link_bytes_per_second: float
     network_bytes_per_second: float
     host_memory_bytes: int
-    concurrent_devices: int = 0
-    is_serial: bool = False
 
     def __post_init__(self):
-        if not self.concurrent_devices:
-            object.__setattr__(self, "concurrent_devices", self.devices_per_node)
-        for name in ("num_nodes", "devices_per_node", "concurrent_devices"):
+        for name in ("num_nodes", "devices_per_node"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"A cluster's {name} is {getattr(self, name)}; it must be at least"
@@ -88,10 +79,6 @@ class Cluster:
         """As in "4x8xh100"."""
         kind = re.sub(r"[^a-z0-9]+", "", self.device.kind.lower().replace("nvidia", ""))
         return f"{self.num_nodes}x{self.devices_per_node}x{kind}"
-
-    def nodes_of(self, num_devices: int) -> int:
-        """Nodes that an aligned range of devices is on."""
-        return -(-num_devices // self.devices_per_node)
 
     @classmethod
     def load(cls, text: str) -> "Cluster":
@@ -117,7 +104,6 @@ class Cluster:
             _KINDS[kind],
             num_nodes=int(match[1] or 1),
             devices_per_node=int(match[2] or 1),
-            concurrent_devices=_cores() if kind == "cpu" else 0,
         )
 
     @classmethod
@@ -138,7 +124,6 @@ class Cluster:
                 )
             known = _KINDS[device]
             base = {f.name: getattr(known, f.name) for f in dataclasses.fields(known)}
-            base["concurrent_devices"] = _cores() if device == "cpu" else 0
         elif device is not None:
             base["device"] = Device(**device)
         fields = {field.name for field in dataclasses.fields(cls)}
@@ -163,10 +148,6 @@ class Cluster:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `from_dict` reads them back."""
         return dataclasses.asdict(self)
-
-
-def _cores() -> int:
-    return os.cpu_count() or 1
 
 
 # Data sheets. A link of a node is NVLink's one direction; the network is the share of
@@ -220,6 +201,5 @@ _KINDS = {
         link_bytes_per_second=5e9,
         network_bytes_per_second=1e9,
         host_memory_bytes=16 * GIB,
-        is_serial=True,
     ),
 }
