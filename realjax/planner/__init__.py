@@ -1,4 +1,8 @@
-"""What an execution plan costs: memory, before anything runs."""
+"""What an execution plan costs, before anything runs, and which one costs least.
+
+`memory` counts bytes; `cost` the seconds of a call, `simulate` those of a step; `space`
+lists the plans there are, `search` finds the best one.
+"""
 
 from realjax.planner.memory import (
     Work,

@@ -155,7 +155,7 @@ def _cost(problem: Problem, plans: Int[Array, "N C"]) -> Array:
     return jnp.where(excess <= 1, found.seconds, longest * excess)
 
 
-@functools.partial(jax.jit, static_argnums=())
+@jax.jit
 def _walk(
     problem: Problem, counts: Int[Array, "C"], chains: _Chains, temperature: Array
 ) -> _Chains:
