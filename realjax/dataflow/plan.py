@@ -29,6 +29,8 @@ class CallPlan:
         kv_dtype: of that pool; "" is the model's.
         weights: type of matrices in the call's copy of the parameters, one of
             `models.quantized.DTYPES`; "" is that of the role.
+        remat: what the backward pass of a call that trains computes anew, where the
+            role leaves it open; one of `models.transformer.REMATS`, or "".
     """
 
     allocation: Allocation
@@ -36,6 +38,7 @@ class CallPlan:
     pages: int = 0
     kv_dtype: str = ""
     weights: str = ""
+    remat: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,7 @@ class ExecutionPlan:
             f"{name:<{width}}  {plan.allocation}"
             + "".join(
                 f"  {key} {value}"
-                for key in ("rows", "pages", "kv_dtype", "weights")
+                for key in ("rows", "pages", "kv_dtype", "weights", "remat")
                 if (value := getattr(plan, key))
             )
             for name, plan in self.calls.items()
@@ -115,6 +118,7 @@ class ExecutionPlan:
                     "pages": plan.pages,
                     "kv_dtype": plan.kv_dtype,
                     "weights": plan.weights,
+                    "remat": plan.remat,
                 }
                 for name, plan in self.calls.items()
             },

@@ -69,7 +69,8 @@ class RoleConfig:
             role that is trained is not "float16".
         weights: of the matrices of a role that is not trained: "int8" or
             "float8_e4m3fn"; "" is `dtype`. See `models.quantized`.
-        remat: what the backward pass computes anew, one of `transformer.REMATS`.
+        remat: what the backward pass computes anew, one of `transformer.REMATS`; ""
+            leaves it to the plan, and where that does not say is "none".
         offload: whether what the role keeps waits in host memory between its calls:
             `+offload` in all their allocations.
         optimizer: of a trained role.
@@ -82,7 +83,7 @@ class RoleConfig:
     router: RouterConfig = RouterConfig()
     dtype: str = ""
     weights: str = ""
-    remat: str = "none"
+    remat: str = ""
     offload: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -90,7 +91,7 @@ class RoleConfig:
         """Refuses misspelt choices."""
         check_choice("dtype", self.dtype, ("", *DTYPES))
         check_choice("weights", self.weights, ("", *quantized.DTYPES))
-        check_choice("remat", self.remat, tuple(REMATS))
+        check_choice("remat", self.remat, ("", *REMATS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,13 +122,22 @@ class Role:
                 " below 6e-8 without loss scaling, which is not built. Use bfloat16."
             )
 
-    def program(self, allocation: Allocation) -> ModelProgram:
-        """What a function compiled for one allocation has to know of this model."""
+    def remat(self, planned: str = "") -> str:
+        """What the backward pass computes anew; `planned` is a plan's wish."""
+        return self.config.remat or planned or "none"
+
+    def program(self, allocation: Allocation, remat: str = "") -> ModelProgram:
+        """What a function compiled for one allocation has to know of this model.
+
+        Args:
+            allocation: of the call.
+            remat: that the plan wishes; see `RoleConfig.remat`.
+        """
         mesh = make_mesh(allocation)
         return ModelProgram(
             config=self.model,
             dtype=self.dtype,
-            remat=self.config.remat,
+            remat=self.remat(remat),
             partition=partition_for(mesh, options=allocation.options),
             options=allocation.options,
         )

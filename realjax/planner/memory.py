@@ -344,7 +344,8 @@ def _working_bytes(plan, name, node, roles, num_rows: int, work: Work) -> int:
     size += _head_bytes(model, allocation, itemsize, num_tokens)
     if isinstance(node.function, Train):
         layers = -(-model.padded_num_layers // allocation.stage)
-        kept = _kept_bytes(model, allocation, itemsize, num_tokens, role.config.remat)
+        remat = role.remat(plan.calls[name].remat)
+        kept = _kept_bytes(model, allocation, itemsize, num_tokens, remat)
         # Every microbatch that is under way in a pipeline keeps its own.
         size += kept * layers * allocation.stage
         # The sums over the minibatch, and the gradient of this microbatch.

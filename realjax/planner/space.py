@@ -223,7 +223,7 @@ def _call_work(
                 kind="train",
                 num_updates=train.minibatches,
                 num_epochs=train.epochs,
-                remat=role.config.remat,
+                remat=role.remat(),
                 **common,
             )
         case Follow():

@@ -157,7 +157,7 @@ class _Described:
         program = ModelProgram(
             config=self.models[node.role],
             dtype=dtype,
-            remat=role.remat,
+            remat=role.remat or self.plan.calls[name].remat or "none",
             partition=partition_for(mesh, options=allocation.options),
             options=allocation.options,
         )

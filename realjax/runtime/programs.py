@@ -78,8 +78,8 @@ class Programs:
         return self.made[name]
 
     def _make(self, name: str, size: int) -> Any:
-        node, allocation = self.graph.calls[name], self.plan.calls[name].allocation
-        mesh, spec = make_mesh(allocation), node.function
+        node, place = self.graph.calls[name], self.plan.calls[name]
+        mesh, spec = make_mesh(place.allocation), node.function
         if isinstance(spec, Transform):
             rows, whole = rows_sharding(mesh, size), replicated(mesh)
             stateless = (rows, whole)
@@ -87,7 +87,7 @@ class Programs:
             return jax.jit(spec.fn, out_shardings=shardings)
         assert node.role is not None
         role = self.roles[node.role]
-        model = role.program(allocation)
+        model = role.program(place.allocation, place.remat)
         if isinstance(spec, Infer):
             return InferProgram(spec, model, mesh)
         assert isinstance(spec, Train)
