@@ -222,6 +222,33 @@ def make_plan(
     )
 
 
+def planned(
+    graph: DataflowGraph, calls: Mapping[str, CallPlan], *, microbatch_tokens: int
+) -> ExecutionPlan:
+    """Make a plan of the calls that have roles; each `Transform` follows a reader.
+
+    Args:
+        graph: whose calls these are.
+        calls: where each call of a role runs.
+        microbatch_tokens: see `ExecutionPlan`.
+    """
+    places = dict(calls)
+    for name in reversed(graph.order()):  # Readers first.
+        if name in places or isinstance(graph.calls[name].function, Score):
+            continue
+        near = [c for c in (*graph.children(name), *graph.parents(name)) if c in places]
+        followed = (places[near[0]] if near else next(iter(calls.values()))).allocation
+        # A Transform keeps nothing, whoever it follows.
+        options = followed.options - {"offload"}
+        places[name] = CallPlan(
+            allocation=dataclasses.replace(followed, options=options)
+        )
+    ordered = {name: places[name] for name in graph.order() if name in places}
+    return ExecutionPlan(
+        graph=graph, calls=ordered, microbatch_tokens=microbatch_tokens
+    )
+
+
 def _training_call(graph: DataflowGraph, name: str) -> str:
     """The call that trains the role of a call."""
     role = graph.calls[name].role

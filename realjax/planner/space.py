@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from realjax.dataflow.graph import DataflowGraph
-from realjax.dataflow.plan import CallPlan, ExecutionPlan
+from realjax.dataflow.plan import CallPlan, ExecutionPlan, planned
 from realjax.functions.function import Follow, Generate, Infer, Train
 from realjax.functions.role import Role
 from realjax.parallel.allocation import Allocation
@@ -92,6 +92,14 @@ class Space:
                 self.names, self.options, plan, strict=True
             )
         }
+
+    def execution_plan(self, plan: Sequence[int]) -> ExecutionPlan:
+        """Return a plan as a run takes it."""
+        calls = {
+            name: CallPlan(allocation=allocation)
+            for name, allocation in self.chosen(plan).items()
+        }
+        return planned(self.graph, calls, microbatch_tokens=self.microbatch_tokens)
 
     def number_of(self, name: str, allocation: Allocation) -> int:
         """Return the number of a call's option.
