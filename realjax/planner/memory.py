@@ -24,7 +24,7 @@ from realjax.models.config import ModelConfig
 from realjax.models.partition import Partition
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import abstract_mesh
-from realjax.parallel.sharding import bytes_per_device
+from realjax.parallel.sharding import bytes_per_device, padded_for
 from realjax.rl.sampling import kept_width
 from realjax.rollout.scheduler import SHORTEST_CHUNK
 from realjax.rollout.settings import Settings
@@ -267,7 +267,9 @@ def call_bytes(
     batch = _batch_bytes(graph, name, roles, num_rows, work, allocation)
     if node.role is None:
         return CallBytes(batch=batch)
-    role = roles[node.role]
+    padded = padded_for(roles[node.role].model, [allocation])
+    role = dataclasses.replace(roles[node.role], model=padded)
+    roles = {**roles, role.name: role}
     masters = _parameter_bytes(role.model, schedule_lib.Place(allocation, "float32"))
     if node.is_training:
         masters += MOMENTS * _cut_bytes(role.model, allocation)
