@@ -9,6 +9,7 @@ for devices, and memory shared with others are for `simulate`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
@@ -128,6 +129,7 @@ def make_space(
     *,
     microbatch_tokens: int,
     rules: Rules | None = None,
+    fixed: Mapping[str, Allocation] | None = None,
 ) -> Space:
     """List the options of every call.
 
@@ -140,10 +142,12 @@ def make_space(
         coefficients: of its devices.
         microbatch_tokens: of the plans.
         rules: which allocations are looked at; None is all.
+        fixed: by call, the one allocation that it may have, with its options.
 
     Raises:
         ValueError: a call fits nowhere, by itself; names it and the bytes.
     """
+    fixed = fixed or {}
     names = [name for name in graph.order() if graph.calls[name].role is not None]
     homes = {role: _home(graph, role, names) for role in graph.roles}
     everywhere = ranges(cluster, rules)
@@ -154,14 +158,21 @@ def make_space(
         if isinstance(node.function, Generate):
             num_rows *= node.function.completions_per_prompt
         shape = _call_work(graph, name, roles, num_rows, lengths)
+        option = functools.partial(
+            _option,
+            *(graph, name, roles, num_rows, work, shape),
+            cluster=cluster,
+            coefficients=coefficients,
+            microbatch_tokens=microbatch_tokens,
+        )
         by_size: dict[int, list[Option]] = {}
-        for size in {size for _, size in everywhere}:
+        places = everywhere
+        if name in fixed:
+            places = (_range_of(fixed[name]),)
+            by_size[fixed[name].size] = [option(fixed[name])]
+        for size in {size for _, size in places} - by_size.keys():
             by_size[size] = [
-                _option(
-                    *(graph, name, roles, num_rows, work, shape, allocation, cluster),
-                    coefficients,
-                    microbatch_tokens,
-                )
+                option(allocation)
                 for allocation in strategies(
                     size,
                     roles[role].model,
@@ -173,10 +184,10 @@ def make_space(
             ]
         is_home = homes[role] == name
         options = [
-            _moved(option, place)
-            for place in everywhere
-            for option in by_size[place[1]]
-            if _bytes_of(option, node, is_home) <= cluster.device.memory_bytes
+            _moved(one, place)
+            for place in places
+            for one in by_size[place[1]]
+            if _bytes_of(one, node, is_home) <= cluster.device.memory_bytes
         ]
         if not options:
             raise ValueError(_nowhere(name, node, is_home, by_size, cluster))
@@ -250,6 +261,7 @@ def _option(
     work: Work,
     shape: CallWork | None,
     allocation: Allocation,
+    *,
     cluster: Cluster,
     coefficients: Coefficients,
     microbatch_tokens: int,
@@ -282,10 +294,14 @@ def _option(
     )
 
 
+def _range_of(allocation: Allocation) -> Range:
+    return allocation.devices[0], allocation.size
+
+
 def _moved(option: Option, place: Range) -> Option:
     """Return the same option on another range of devices."""
     start, size = place
-    if start == 0:
+    if start == option.allocation.devices[0]:
         return option
     devices = tuple(range(start, start + size))
     allocation = dataclasses.replace(option.allocation, devices=devices)
