@@ -22,13 +22,12 @@ from realjax.core.config import to_dataclass
 from realjax.data.datasets import DataConfig
 from realjax.dataflow.graph import DataflowGraph, ModelFunctionCall
 from realjax.dataflow.plan import ExecutionPlan, make_plan
-from realjax.functions.function import INFERRED, Generate, Infer, Score
+from realjax.functions.function import INFERRED, Generate, Infer, Score, Train
 from realjax.functions.generate import GenerateProgram
 from realjax.functions.infer import InferProgram
 from realjax.functions.packed import ModelProgram
-from realjax.functions.routers import RouterInputs
 from realjax.functions.train import TrainProgram
-from realjax.models import hf, quantized, transformer
+from realjax.models import hf
 from realjax.models.config import ModelConfig
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import make_mesh
@@ -36,20 +35,26 @@ from realjax.parallel.partition import partition_for
 from realjax.parallel.sharding import (
     check_fit,
     padded_for,
-    parameter_shardings,
     replicated,
-    rows_sharding,
 )
 from realjax.realloc.offload import moved_in_program
 from realjax.rollout.engine import Engine
+from realjax.runtime.described_shapes import (
+    Shapes,
+    array,
+    data_shapes,
+    on_mesh,
+    parameters,
+    placed,
+    router_inputs,
+    train_state,
+)
 from realjax.runtime.programs import SEQUENCES_PER_ROW
 from realjax.runtime.run import make_graph
 from realjax.runtime.run_config import RunConfig
 
 MICROBATCH_TOKENS = 16384
 """Of a device, where the config does not say: what a run on GPUs takes."""
-
-Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,7 @@ class DescribedProgram:
         arguments: their shapes, types and shardings.
         mesh: of the call.
         machine: the devices.
+        beside: what stays on the devices meanwhile and is not among the arguments.
     """
 
     call: str
@@ -75,6 +81,7 @@ class DescribedProgram:
     arguments: tuple[Any, ...]
     mesh: Mesh
     machine: aot.Machine
+    beside: PyTree = ()
 
     def compile(self) -> aot.Report:
         """Compile it for the described devices."""
@@ -84,19 +91,24 @@ class DescribedProgram:
 
 
 def described_programs(
-    config: RunConfig, machine: aot.Machine, calls: tuple[str, ...] = ()
+    config: RunConfig,
+    machine: aot.Machine,
+    calls: tuple[str, ...] = (),
+    plan: ExecutionPlan | None = None,
 ) -> Iterator[DescribedProgram]:
     """Make the programs of a run's calls, on described devices.
 
     Args:
         config: of the run. Roles without a path need `vocab_size` in their `model`.
-        machine: the devices; the plan is the run's on as many.
+        machine: the devices.
         calls: which; empty means every call of a role.
+        plan: of the run, its allocations within the devices; None is what the config
+            says on as many.
 
     Raises:
         ValueError: a call that is not in the graph, or a model that is not known.
     """
-    run = _Described(config, machine)
+    run = _Described(config, machine, plan)
     for name in calls:
         node = run.graph.calls.get(name)
         if node is None or node.role is None:
@@ -106,47 +118,32 @@ def described_programs(
                 f" {', '.join(known)}."
             )
     for name in run.graph.order():
-        parts = run.programs(name)
-        if not calls or name in calls:
-            yield from parts
+        yield from run.programs(name, is_wanted=not calls or name in calls)
 
 
 class _Described:
     """The batch of one step as shapes, and the programs that fill it."""
 
-    def __init__(self, config: RunConfig, machine: aot.Machine):
+    def __init__(
+        self, config: RunConfig, machine: aot.Machine, plan: ExecutionPlan | None
+    ):
         self.config, self.machine = config, machine
         self.graph = make_graph(config)
-        num_devices = len(machine.devices)
-        fits = num_devices >= config.allocations_devices
-        self.plan = make_plan(
-            self.graph,
-            num_devices=num_devices,
-            allocation=config.allocation,
-            allocations=config.allocations if fits else {},
-            rows=config.rows,
-            pages=config.pages,
-            kv_dtype=config.kv_dtype,
-            weights=config.weights,
-            role_weights={name: r.weights for name, r in config.roles.items()},
-            microbatch_tokens=config.microbatch_tokens
-            or MICROBATCH_TOKENS * num_devices,
-            offloaded=[name for name, role in config.roles.items() if role.offload],
-        )
+        self.plan = plan or described_plan(config, self.graph, len(machine.devices))
         self.models = {
             role: _model(config, self.graph, self.plan, role)
             for role in self.graph.roles
         }
         self.prompt_width, self.width = described_widths(self.graph, config.data)
         self.size = described_size(config.data)
-        self.batch = _data_shapes(self.graph, self.size, self.prompt_width, self.width)
+        self.batch = data_shapes(self.graph, self.size, self.prompt_width, self.width)
 
-    def programs(self, name: str) -> list[DescribedProgram]:
-        """Make the programs of a call; its outputs join the batch."""
+    def programs(self, name: str, *, is_wanted: bool = True) -> list[DescribedProgram]:
+        """Make the programs of a call, if wanted; its outputs join the batch."""
         node = self.graph.calls[name]
         spec = node.function
         if isinstance(spec, Score):
-            self._put(node, {"scores": _shape((self.size,), jnp.float32)})
+            self._put(node, {"scores": array((self.size,), jnp.float32)})
             return []
         if node.role is None:
             return self._transform(node)
@@ -161,12 +158,15 @@ class _Described:
             partition=partition_for(mesh, options=allocation.options),
             options=allocation.options,
         )
+        beside = {}
         if isinstance(spec, Generate):
-            parts = self._generate(name, node, program, mesh)
+            parts = self._generate(name, node, program, mesh, is_wanted)
         elif isinstance(spec, Infer):
             parts = self._infer(name, node, program, mesh)
-        else:
-            parts = self._train(name, node, program, mesh)
+        elif isinstance(spec, Train) and is_wanted:
+            parts, beside = self._train(name, node, program, mesh)
+        else:  # Following is arithmetic on parameters, one array after the other.
+            return []
         return [
             DescribedProgram(
                 call=name,
@@ -177,11 +177,13 @@ class _Described:
                 arguments=arguments,
                 mesh=mesh,
                 machine=self.machine,
+                beside=beside.get(part, ()),
             )
             for part, (function, arguments) in parts.items()
+            if is_wanted
         ]
 
-    def _generate(self, name, node, program: ModelProgram, mesh: Mesh):
+    def _generate(self, name, node, program: ModelProgram, mesh: Mesh, is_wanted: bool):
         spec, num_prompts = node.function, self.size
         self.size *= spec.completions_per_prompt
         settings = self.plan.rollout_settings(name, num_rows=self.size)
@@ -194,65 +196,68 @@ class _Described:
             settings=settings,
         )
         rollout = generate.described(num_prompts)
-        prompts = _on(mesh, {"": self.batch[node.key("prompts")]})[""]
+        prompts = on_mesh(mesh, {"": self.batch[node.key("prompts")]})[""]
         for key, value in self.batch.items():
             if key != "prompts" and value.shape[0] == num_prompts:
-                self.batch[key] = _shape((self.size, *value.shape[1:]), value.dtype)
+                self.batch[key] = array((self.size, *value.shape[1:]), value.dtype)
         made = {
-            local: _shape((self.size, *value.shape[1:]), value.dtype)
+            local: array((self.size, *value.shape[1:]), value.dtype)
             for local in spec.writes
             if (value := getattr(rollout, local)) is not None
         }
         self._put(node, made)
-        parameters = self._copy(name, node, program, mesh)
-        return self._launches(generate.engine, mesh, parameters, prompts)
+        if not is_wanted:
+            return {}
+        copy = self._copy(name, node, program, mesh)
+        return self._launches(generate.engine, mesh, copy, prompts)
 
-    def _launches(self, engine: Engine, mesh: Mesh, parameters: PyTree, prompts):
+    def _launches(self, engine: Engine, mesh: Mesh, copy: PyTree, prompts):
         """Give a whole chunk of prefill, and a launch of decoding."""
         num_rows = -(-self.size // engine.num_shards) * engine.num_shards
         start = functools.partial(engine.programs.start, num_rows=num_rows)
         of_prompts, of_rows = (prompts.shape[0],), (num_rows,)
         given = (
             prompts,
-            _shape(of_prompts, jnp.int32),
-            _shape(of_prompts, jnp.uint32),
+            array(of_prompts, jnp.int32),
+            array(of_prompts, jnp.uint32),
             jax.eval_shape(lambda: jax.random.key(0)),
-            *(_shape(size, jnp.int32) for size in (of_rows, of_rows, (num_rows, 2))),
+            *(array(size, jnp.int32) for size in (of_rows, of_rows, (num_rows, 2))),
         )
 
-        def placed(function: Callable, *arguments: Any) -> Any:
+        def described(function: Callable, *arguments: Any) -> Any:
             return jax.tree.map(
-                _placed,
+                placed,
                 jax.eval_shape(function, *arguments),
                 aot.output_shardings(self.machine, function, *arguments, mesh=mesh),
             )
 
-        rows, _ = placed(start, *given)
-        pool = placed(functools.partial(engine.programs.make_pool, **engine.pool_shape))
+        rows, _ = described(start, *given)
+        make_pool = functools.partial(engine.programs.make_pool, **engine.pool_shape)
+        pool = described(make_pool)
         width, count = engine.chunk_shapes(prompts.shape[1])[-1]
         prefill = jax.jit(
             functools.partial(engine.programs.prefill, width=width), donate_argnums=1
         )
-        scalar = _shape((), jnp.int32)
+        scalar = array((), jnp.int32)
 
         def table(num_rows: int, columns: int) -> jax.ShapeDtypeStruct:
             size = (num_rows * engine.num_shards, columns + engine.num_columns)
-            return _shape(size, jnp.int32)
+            return array(size, jnp.int32)
 
         chunk = (rows.tokens, rows.prompt_lengths, table(count, 3), scalar)
         slots = table(engine.room.num_slots, 2)
         return {
-            "prefill": (prefill, (parameters, pool, *chunk)),
+            "prefill": (prefill, (copy, pool, *chunk)),
             "decode": (
                 engine.programs.decode,
-                (parameters, pool, rows, slots, scalar),
+                (copy, pool, rows, slots, scalar),
             ),
         }
 
     def _infer(self, name, node, program: ModelProgram, mesh: Mesh):
         infer = InferProgram(node.function, program, mesh)
         outputs = {
-            local: _shape(
+            local: array(
                 (self.size, self.width)
                 if local in ("logprobs", "values")
                 else (self.size,),
@@ -262,7 +267,7 @@ class _Described:
         }
         arguments = (
             self._copy(name, node, program, mesh),
-            _on(mesh, outputs),
+            on_mesh(mesh, outputs),
             self._inputs(node, mesh),
             self._packing(name, program),
         )
@@ -272,7 +277,7 @@ class _Described:
     def _copy(self, name, node, program: ModelProgram, mesh: Mesh) -> PyTree:
         """Give the parameters that a call reads."""
         dtype = "float32" if node.needs_masters else program.dtype
-        return _parameters(
+        return parameters(
             program, mesh, jnp.dtype(dtype), self.plan.calls[name].weights
         )
 
@@ -286,21 +291,22 @@ class _Described:
             num_updates=1000,
             move=moved_in_program,
         )
-        state = _train_state(train, program)
+        state = train_state(train, program)
         batch = self._inputs(node, mesh)
         packing = self._packing(name, program, unit=node.function.unit)
         sums = jax.eval_shape(train._zeros, state.parameters, batch, packing)
         sums = jax.tree.map(
-            _placed,
+            placed,
             sums,
             (train._cut, jax.tree.map(lambda _: replicated(mesh), sums[1])),
         )
-        router = _router_inputs(program.config)
+        router = router_inputs(program.config)
         accumulate = (state.parameters, sums, batch, packing, router)
-        return {
+        programs = {
             "accumulate": (train._accumulate, accumulate),
             "apply": (train._apply, (state, sums)),
         }
+        return programs, {"accumulate": state.optimizer}
 
     def _transform(self, node: ModelFunctionCall) -> list[DescribedProgram]:
         spec: Any = node.function
@@ -314,11 +320,11 @@ class _Described:
 
     def _put(self, node: ModelFunctionCall, made: Mapping[str, Any]) -> None:
         for local, value in made.items():
-            self.batch[node.key(local)] = _shape(value.shape, value.dtype)
+            self.batch[node.key(local)] = array(value.shape, value.dtype)
 
     def _inputs(self, node: ModelFunctionCall, mesh: Mesh) -> Shapes:
         keys = {local: node.key(local) for local in node.function.reads}
-        return _on(
+        return on_mesh(
             mesh, {n: self.batch[key] for n, key in keys.items() if key in self.batch}
         )
 
@@ -328,67 +334,39 @@ class _Described:
         check_fit(self.plan.calls[name].allocation, program.config, batch_rows=num_rows)
         num_slots = max(unit, min(self.size, SEQUENCES_PER_ROW * num_rows))
         num_slots -= num_slots % unit
-        of_rows = _shape((num_rows, self.width), jnp.int32)
+        of_rows = array((num_rows, self.width), jnp.int32)
         return {
-            "sequences": _shape((num_slots,), jnp.int32),
+            "sequences": array((num_slots,), jnp.int32),
             "source_sequence": of_rows,
             "source_token": of_rows,
             "segment_ids": of_rows,
-            "places": _shape((num_slots, self.width), jnp.int32),
+            "places": array((num_slots, self.width), jnp.int32),
         }
 
 
-def _shape(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
+def described_plan(
+    config: RunConfig, graph: DataflowGraph, num_devices: int
+) -> ExecutionPlan:
+    """Give the plan that a config asks for by its allocations.
 
-
-def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _on(mesh: Mesh, arrays: Shapes) -> Shapes:
-    """Lay the rows of batch keys over a mesh."""
-    return {
-        key: _placed(value, rows_sharding(mesh, value.shape[0]))
-        for key, value in arrays.items()
-    }
-
-
-def _abstract(program: ModelProgram, dtype: Any, weights: str = "") -> PyTree:
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype or dtype),
-        quantized.abstract(transformer.abstract_parameters(program.config), weights),
-        is_leaf=lambda node: hasattr(node, "axes"),
-    )
-
-
-def _parameters(
-    program: ModelProgram, mesh: Mesh, dtype: Any, weights: str = ""
-) -> PyTree:
-    abstract = transformer.abstract_parameters(program.config)
-    shardings = parameter_shardings(
-        quantized.abstract(abstract, weights), mesh, options=program.options
-    )
-    return jax.tree.map(_placed, _abstract(program, dtype, weights), shardings)
-
-
-def _train_state(train: TrainProgram, program: ModelProgram) -> Any:
-    masters = _abstract(program, jnp.float32)
-    moments = jax.eval_shape(train.optimizer.init, masters)
-    return jax.tree.map(
-        _placed, type(train.shardings)(masters, moments), train.shardings
-    )
-
-
-def _router_inputs(config: ModelConfig) -> RouterInputs | None:
-    moe = config.moe
-    if moe is None:
-        return None
-    has_losses = moe.aux_loss_coef or moe.z_loss_coef
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return RouterInputs(
-        scale=_shape((), jnp.float32) if has_losses else None,
-        noise_key=key if moe.jitter else None,
+    Args:
+        config: of the run.
+        graph: of its algorithm.
+        num_devices: of the machine.
+    """
+    fits = num_devices >= config.allocations_devices
+    return make_plan(
+        graph,
+        num_devices=num_devices,
+        allocation=config.allocation,
+        allocations=config.allocations if fits else {},
+        rows=config.rows,
+        pages=config.pages,
+        kv_dtype=config.kv_dtype,
+        weights=config.weights,
+        role_weights={name: r.weights for name, r in config.roles.items()},
+        microbatch_tokens=config.microbatch_tokens or MICROBATCH_TOKENS * num_devices,
+        offloaded=[name for name, role in config.roles.items() if role.offload],
     )
 
 
@@ -464,22 +442,3 @@ def described_size(data: DataConfig) -> int:
         data: of the config.
     """
     return data.batch_size * (2 * data.max_pairs if data.kind == "pairs" else 1)
-
-
-def _data_shapes(
-    graph: DataflowGraph, size: int, prompt_width: int, width: int
-) -> Shapes:
-    """Give the shapes of what the data set holds."""
-    known = {
-        "prompts": _shape((size, prompt_width), jnp.int32),
-        "tokens": _shape((size, width), jnp.int32),
-        "completion_mask": _shape((size, width), jnp.bool_),
-        "pair_weights": _shape((size,), jnp.float32),
-    }
-    for key in graph.inputs:
-        if key not in known:
-            raise ValueError(
-                f"The graph reads {key!r} from the data set. Compiled without data can"
-                f" be what reads {', '.join(known)}."
-            )
-    return {key: known[key] for key in graph.inputs}
