@@ -48,6 +48,8 @@ class CallWork:
         num_epochs: times each row is trained on.
         microbatch_tokens: of a row shard; 0 takes a minibatch at once, or with stages
             in twice as many parts as stages.
+        pieces: that stages cut a microbatch into; 0 has microbatches themselves go
+            through the stages, one behind the other.
         itemsize: bytes of a number in the products.
         remat: as of a role.
         slots: completions a row shard decodes at a time; 0 is all.
@@ -62,6 +64,7 @@ class CallWork:
     num_updates: int = 1
     num_epochs: int = 1
     microbatch_tokens: int = 0
+    pieces: int = 0
     itemsize: int = 2
     remat: str = "none"
     slots: int = 0
@@ -213,7 +216,7 @@ def _generate(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
     allocation = model.allocation
     rows = work.num_rows / allocation.num_row_shards
     prompt = work.prompt_tokens
-    prefill = _forward(model, cluster, rows * prompt, prompt / 2, passes=1.0)
+    prefill = _forward(work, model, cluster, rows * prompt, prompt / 2, 1)
     groups = min(allocation.stage, max(1, math.floor(rows)))
     slots = min(rows, work.slots or rows)
     # Slots are refilled as rows end; only the last rows leave some empty.
@@ -248,17 +251,17 @@ def _generate(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
 def _packed(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
     allocation = model.allocation
     tokens = work.num_rows * work.length * work.num_epochs / allocation.num_row_shards
+    context = work.length / 2
     if work.kind == "infer":
-        return _forward(
-            model,
-            *(cluster, tokens, work.length / 2),
-            passes=_num_microbatches(work, allocation, tokens),
-        )
-    # Backward is twice the work of forward; with remat forward runs again.
-    again = 1 if work.remat in ("block", "offload") else 0
+        passes = _num_microbatches(work, allocation, tokens)
+        return _forward(work, model, cluster, tokens, context, passes)
     updates = work.num_updates * work.num_epochs
     microbatches = updates * _num_microbatches(work, allocation, tokens / updates)
-    forward = _forward(model, cluster, tokens, work.length / 2, passes=microbatches)
+    forward = _forward(work, model, cluster, tokens, context, microbatches)
+    # Backward is twice the work of forward; with remat forward runs again.
+    again = 1.0 if work.remat in ("block", "offload") else 0.0
+    if work.remat == "dots":  # All but the products with weights.
+        again = 1 - model.flops(1, 0) / model.flops(1, context)
     # Parameters are gathered again, and sums over tensor are as in the forward pass.
     backward = forward._replace(
         products=forward.products * (2 + again),
@@ -282,11 +285,17 @@ def _packed(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
 
 
 def _forward(
-    model: _Model, cluster: Cluster, tokens: float, context: float, *, passes: float
+    work: CallWork,
+    model: _Model,
+    cluster: Cluster,
+    tokens: float,
+    context: float,
+    passes: float,
 ) -> Quantities:
     """Return what a forward pass over one row shard's tokens takes.
 
     Args:
+        work: of the call.
         model: as one device has it.
         cluster: the machine.
         tokens: of a row shard, in all microbatches.
@@ -296,8 +305,12 @@ def _forward(
     allocation = model.allocation
     stage = allocation.stage
     passes = max(passes, 1.0)
+    if work.microbatch_tokens:
+        # All have one shape, also one that is not full.
+        tokens = passes * work.microbatch_tokens
+    pieces = work.pieces or passes
     # The first and last stage idle while the pipeline fills and drains.
-    bubble = (passes + stage - 1) / passes
+    bubble = (pieces + stage - 1) / pieces
     hidden = tokens * model.config.width * model.itemsize
     sums = 2 * model.stage_layers * _reduced(allocation.tensor, hidden)
     found = Quantities(
@@ -305,7 +318,7 @@ def _forward(
         * model.flops(tokens, context)
         / (model.parts * cluster.device.flops_per_second),
         hops=bubble
-        * passes
+        * max(passes, passes * work.pieces)
         * (2 * model.stage_layers * (allocation.tensor > 1) + (stage > 1)),
         programs=passes,
     )

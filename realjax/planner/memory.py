@@ -200,7 +200,8 @@ class CallBytes:
     """What a call takes on each of its devices, wherever those are.
 
     Attributes:
-        masters: parameters of its role in float32, with the optimizer's moments if the
+        parameters: of its role in float32.
+        masters: those, with the optimizer's moments if the
             call trains and they are not in host memory.
         copy: parameters in the type it computes in.
         working: while it runs, beside parameters.
@@ -208,6 +209,7 @@ class CallBytes:
         batch: keys of the batch that it reads and writes.
     """
 
+    parameters: int = 0
     masters: int = 0
     copy: int = 0
     working: int = 0
@@ -238,7 +240,8 @@ def call_bytes(
     if node.role is None:
         return CallBytes(batch=batch)
     role = _fitted(roles[node.role], allocation)
-    masters = parameter_bytes(role.model, schedule_lib.Place(allocation, "float32"))
+    place = schedule_lib.Place(allocation, "float32")
+    masters = parameters = parameter_bytes(role.model, place)
     if node.is_training and not role.config.optimizer.offload:
         masters += MOMENTS * cut_bytes(role.model, allocation)
     place = schedule_lib.place_of(graph, plan, {node.role: role.dtype}, name)
@@ -246,6 +249,7 @@ def call_bytes(
     if isinstance(node.function, Generate):
         pool = pool_bytes(plan, name, role, num_rows, work)
     return CallBytes(
+        parameters=parameters,
         masters=masters,
         copy=parameter_bytes(role.model, place),
         working=working_bytes(plan, name, role, num_rows, work),
