@@ -10,6 +10,7 @@ them is a matter of `Coefficients`.
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 from typing import Any
@@ -52,6 +53,10 @@ class Cluster:
         link_bytes_per_second: between two devices of a node.
         network_bytes_per_second: between devices of two nodes, for each device.
         host_memory_bytes: of a node.
+        concurrent_devices: of a node, whose work truly runs at the same time; 0 is all.
+            Eight virtual devices on two cores take turns.
+        is_serial: whether programs on different devices wait for each other, as those
+            of a CPU do once one of them has several devices.
     """
 
     device: Device
@@ -60,14 +65,26 @@ class Cluster:
     link_bytes_per_second: float
     network_bytes_per_second: float
     host_memory_bytes: int
+    concurrent_devices: int = 0
+    is_serial: bool = False
 
     def __post_init__(self):
-        for name in ("num_nodes", "devices_per_node"):
-            if getattr(self, name) < 1:
+        least = {"num_nodes": 1, "devices_per_node": 1, "concurrent_devices": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
                 raise ValueError(
                     f"A cluster's {name} is {getattr(self, name)}; it must be at least"
-                    " 1."
+                    f" {bound}."
                 )
+
+    def turns(self, num_devices: int) -> float:
+        """How many times longer each of some devices takes than if it ran alone.
+
+        Args:
+            num_devices: that work at the same time, on nodes filled one by one.
+        """
+        of_node = min(num_devices, self.devices_per_node)
+        return max(1.0, of_node / (self.concurrent_devices or of_node))
 
     @property
     def num_devices(self) -> int:
@@ -134,11 +151,19 @@ class Cluster:
 
     @classmethod
     def detect(cls) -> "Cluster":
-        """Describe the devices of all processes of this run."""
+        """Describe the devices of all processes of this run.
+
+        Virtual devices of a CPU share the cores that this process may use.
+        """
         devices = jax.devices()
         kind = next((k for k in _KINDS if k in devices[0].device_kind.lower()), "cpu")
         num_nodes = len({device.process_index for device in devices})
         found = cls.load(f"{num_nodes}x{len(devices) // num_nodes}x{kind}")
+        if devices[0].platform == "cpu":
+            cores = len(os.sched_getaffinity(0))
+            found = dataclasses.replace(
+                found, concurrent_devices=cores, is_serial=len(devices) > 1
+            )
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
         if not limit:
             return found
