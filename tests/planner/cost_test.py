@@ -1,13 +1,10 @@
 """Tests of `realjax/planner/cost.py`."""
 
 import dataclasses
-import json
-import pathlib
 
 import numpy as np
 import pytest
 
-from realjax.models.config import ModelConfig
 from realjax.models.families import llama
 from realjax.parallel.allocation import Allocation
 from realjax.planner.cluster import Cluster
@@ -18,69 +15,6 @@ from realjax.planner.cost import (
     fit,
     quantities,
 )
-
-ROWS = json.loads(
-    (pathlib.Path(__file__).parent / "heuristic_seconds.json").read_text()
-)
-TRUST = 0.01
-"""In the prior, beside seconds of whole steps."""
-
-# Llama 2, and Code Llama of 34: layers, width, mlp, heads, key heads.
-SIZES = {
-    7: (32, 4096, 11008, 32, 32),
-    13: (40, 5120, 13824, 40, 40),
-    34: (48, 8192, 22016, 64, 8),
-    70: (80, 8192, 28672, 64, 8),
-}
-
-
-def model(size, head):
-    layers, width, mlp, heads, kv_heads = SIZES[size]
-    return ModelConfig(
-        vocab_size=32000,
-        width=width,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=width // heads,
-        mlp_width=mlp,
-        head=head,
-    )
-
-
-def step_of_row(row):
-    """The six calls of ReaL's heuristic plan, one after another."""
-    nodes = row["gpus"] // 8
-    cluster = Cluster.load(f"{nodes}x8xh100")
-    allocation = Allocation(tensor=8, stage=nodes)
-    policy = model(row["policy_reference_size_b"], "language")
-    critic = model(row["critic_reward_size_b"], "scalar")
-    lengths = {
-        "num_rows": row["batch_sequences"],
-        "prompt_tokens": row["prompt_tokens"],
-        "new_tokens": row["generated_tokens"],
-        "most_new_tokens": row["generated_tokens"],
-    }
-    calls = [("generate", policy), ("train", policy), ("train", critic)]
-    calls += [("infer", critic), ("infer", policy), ("infer", critic)]
-    total = Quantities()
-    for kind, config in calls:
-        training = {"num_updates": 4, "remat": "block"} if kind == "train" else {}
-        work = CallWork(kind=kind, model=config, **lengths, **training)
-        total = total.plus(quantities(work, allocation, cluster))
-    return total
-
-
-def test_steps_of_reals_heuristic_plan_are_predicted_without_having_seen_them():
-    steps = [(step_of_row(row), row["heuristic_seconds"]) for row in ROWS["rows"]]
-    errors = []
-    for index, (needs, seconds) in enumerate(steps):
-        others = steps[:index] + steps[index + 1 :]
-        predicted = fit(others, trust=TRUST).seconds(needs)
-        errors.append(abs(predicted / seconds - 1))
-    assert len(errors) == 15
-    assert np.mean(errors) < 0.08
-    assert max(errors) < 0.20
 
 
 def test_a_fit_finds_the_coefficients_that_made_the_seconds():
