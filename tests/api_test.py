@@ -82,7 +82,7 @@ def test_a_plan_may_be_for_another_cluster():
     config = realjax.load_config("ppo.py:debug")
     config.allocation, config.allocations.rollout = "d16", ""
     assert str(realjax.plan(config, 16).calls["rollout"].allocation) == "d16@0-15"
-    config.allocation = ""
+    config.allocation = "d4"
     assert str(realjax.plan(config, 4).calls["train_policy"].allocation) == "d4@0-3"
     with pytest.raises(ValueError, match="there are 8 devices"):
         config.allocation = "d16"

@@ -159,6 +159,16 @@ class Dataset:
         """Widths that its batches of prompts may have."""
         return self._buckets
 
+    @functools.cached_property
+    def mean_length(self) -> float:
+        """Tokens of a row in the mean: of a prompt, or of a prompt and a completion."""
+        lengths = [
+            len(record.prompt) + len(completion)
+            for record in self._records
+            for completion in (record.completions or ((),))
+        ]
+        return float(np.mean(lengths))
+
     def __len__(self) -> int:
         """Number of records kept."""
         return len(self._records)

@@ -3,14 +3,19 @@
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
-from realjax.core.config import suggest
+from realjax.core.config import check_choice, suggest
 from realjax.dataflow.graph import DataflowGraph
 from realjax.functions.function import Generate, Infer, Score, Transform
 from realjax.models.pages import DTYPES as KV_DTYPES
 from realjax.models.quantized import DTYPES as WEIGHTS
+from realjax.models.transformer import REMATS
 from realjax.parallel.allocation import Allocation
 from realjax.rollout.settings import Settings
+
+_OPTIONS = ("rows", "pages", "kv_dtype", "weights", "remat")
+"""What a plan says of a call beside its allocation."""
 
 MOST_SLOTS = 256
 """Completions that a row shard decodes at the same time, where a plan does not say."""
@@ -90,9 +95,7 @@ class ExecutionPlan:
         return "\n".join(
             f"{name:<{width}}  {plan.allocation}"
             + "".join(
-                f"  {key} {value}"
-                for key in ("rows", "pages", "kv_dtype", "weights", "remat")
-                if (value := getattr(plan, key))
+                f"  {key} {value}" for key in _OPTIONS if (value := getattr(plan, key))
             )
             for name, plan in self.calls.items()
         )
@@ -107,22 +110,80 @@ class ExecutionPlan:
 
         return graph_svg(self.graph, self)
 
-    def as_dict(self) -> dict:
-        """Plain values, for JSON."""
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; `from_dict` reads them back."""
         return {
             "microbatch_tokens": self.microbatch_tokens,
             "calls": {
-                name: {
-                    "allocation": str(plan.allocation),
-                    "rows": plan.rows,
-                    "pages": plan.pages,
-                    "kv_dtype": plan.kv_dtype,
-                    "weights": plan.weights,
-                    "remat": plan.remat,
-                }
+                name: {"allocation": str(plan.allocation)}
+                | {field: getattr(plan, field) for field in _OPTIONS}
                 for name, plan in self.calls.items()
             },
         }
+
+    @classmethod
+    def from_dict(
+        cls, graph: DataflowGraph, values: Mapping[str, Any], *, num_devices: int
+    ) -> "ExecutionPlan":
+        """Read what `as_dict` wrote; what stands beside its two fields is left aside.
+
+        Args:
+            graph: whose calls these are.
+            values: `microbatch_tokens` and `calls`. A call that has no role may be
+                missing: it follows one that reads it.
+            num_devices: of the machine.
+
+        Raises:
+            ValueError: calls that the graph does not have or that are missing, fields
+                that are none, allocations that are none or need more devices.
+        """
+        _check_written(graph, values, num_devices)
+        calls = {
+            name: CallPlan(
+                **fields | {"allocation": Allocation.parse(fields["allocation"])}
+            )
+            for name, fields in values["calls"].items()
+        }
+        plan = planned(graph, calls, microbatch_tokens=int(values["microbatch_tokens"]))
+        of_calls = {
+            field: {name: getattr(call, field) for name, call in calls.items()}
+            for field in ("pages", "kv_dtype", "weights")
+        }
+        return adjusted(plan, num_devices=num_devices, **of_calls)
+
+
+def _check_written(
+    graph: DataflowGraph, values: Mapping[str, Any], num_devices: int
+) -> None:
+    """Refuse what is no written plan of a graph."""
+    for field in ("microbatch_tokens", "calls"):
+        if field not in values:
+            found = ", ".join(values) or "nothing"
+            raise ValueError(
+                f"The plan has no {field!r} (it has {found}). It needs what"
+                " `ExecutionPlan.as_dict` writes: microbatch_tokens and calls."
+            )
+    calls, example = values["calls"], f'{{"allocation": "d{num_devices}"}}'
+    _check_names(graph, calls)
+    for name in graph.order():
+        if graph.calls[name].role is not None and name not in calls:
+            raise ValueError(
+                f"The plan has no allocation for the call {name!r}. Add {name!r}:"
+                f" {example}, or let this graph be planned anew."
+            )
+    known = ("allocation", *_OPTIONS)
+    for name, fields in calls.items():
+        for field in fields:
+            if field not in known:
+                raise ValueError(
+                    f"The plan gives the call {name!r} a {field!r}, which none has."
+                    f" {suggest(field, known)}"
+                )
+        if not isinstance(fields.get("allocation"), str):
+            raise ValueError(
+                f"The plan gives the call {name!r} no allocation, as in {example}."
+            )
+        check_choice(f"remat of {name}", fields.get("remat", ""), ("", *REMATS))
 
 
 def make_plan(
@@ -159,28 +220,7 @@ def make_plan(
         ValueError: a name that is no call, or an allocation that needs more devices.
     """
     allocations = {k: v for k, v in (allocations or {}).items() if v}
-    rows = {k: v for k, v in (rows or {}).items() if v}
-    pages = {k: v for k, v in (pages or {}).items() if v}
-    kv_dtype = {k: v for k, v in (kv_dtype or {}).items() if v}
-    for name in (*allocations, *rows, *pages, *kv_dtype):
-        if name not in graph.calls:
-            raise ValueError(
-                f"The plan names the call {name!r}, which this graph does not "
-                f"have. {suggest(name, graph.calls)}"
-            )
-    for name in (*pages, *kv_dtype):
-        if not isinstance(graph.calls[name].function, Generate):
-            raise ValueError(
-                f"The plan gives pages or a kv_dtype to the call {name!r}, which does "
-                "not generate and has no pool of keys and values. Leave them out."
-            )
-    for name, dtype in kv_dtype.items():
-        if dtype not in KV_DTYPES:
-            raise ValueError(
-                f"kv_dtype.{name} is {dtype!r}; it must be one of "
-                f"{', '.join(KV_DTYPES)}."
-            )
-    weights = _call_weights(graph, weights or {}, role_weights or {})
+    _check_names(graph, allocations)
     default = allocation or f"d{num_devices}"
     places: dict[str, CallPlan] = {}
     for name in reversed(graph.order()):  # Readers first.
@@ -193,33 +233,112 @@ def make_plan(
             text = str(places[readers[0]].allocation) if readers else ""
         if not text and isinstance(function, Infer) and function.is_as_trained:
             text = allocations.get(_training_call(graph, name), "")
-        place = Allocation.parse(text or default)
+        places[name] = CallPlan(allocation=Allocation.parse(text or default))
+    ordered = {name: places[name] for name in graph.order() if name in places}
+    plan = ExecutionPlan(
+        graph=graph, calls=ordered, microbatch_tokens=microbatch_tokens
+    )
+    return adjusted(
+        plan,
+        num_devices=num_devices,
+        rows=rows,
+        pages=pages,
+        kv_dtype=kv_dtype,
+        weights=weights,
+        role_weights=role_weights,
+        offloaded=offloaded,
+    )
+
+
+def adjusted(
+    plan: ExecutionPlan,
+    *,
+    num_devices: int,
+    allocations: Mapping[str, str] | None = None,
+    rows: Mapping[str, int] | None = None,
+    pages: Mapping[str, int] | None = None,
+    kv_dtype: Mapping[str, str] | None = None,
+    weights: Mapping[str, str] | None = None,
+    role_weights: Mapping[str, str] | None = None,
+    offloaded: Collection[str] = (),
+) -> ExecutionPlan:
+    """Put what a config says of single calls in the place of what a plan says.
+
+    Args:
+        plan: to begin with.
+        num_devices: of the machine.
+        allocations: by call; this and what follows, as `make_plan` takes it.
+        rows: by call.
+        pages: by call that generates.
+        kv_dtype: by call that generates.
+        weights: by call that generates or infers.
+        role_weights: by role that no call trains.
+        offloaded: roles whose calls all have the option `+offload`.
+
+    Raises:
+        ValueError: as `make_plan`.
+    """
+    graph = plan.graph
+    given: dict[str, dict[str, Any]] = {
+        "rows": {k: v for k, v in (rows or {}).items() if v},
+        "pages": {k: v for k, v in (pages or {}).items() if v},
+        "kv_dtype": {k: v for k, v in (kv_dtype or {}).items() if v},
+    }
+    allocations = {k: v for k, v in (allocations or {}).items() if v}
+    for names in (allocations, *given.values()):
+        _check_names(graph, names)
+    _check_pools(graph, given["pages"], given["kv_dtype"])
+    given["weights"] = _call_weights(graph, weights or {}, role_weights or {})
+    calls = {}
+    for name, call in plan.calls.items():
+        text = allocations.get(name, "")
+        place = Allocation.parse(text) if text else call.allocation
         _check_devices(name, place, num_devices)
         role = graph.calls[name].role
         if role in offloaded:
-            options = place.options | {"offload"}
-            place = dataclasses.replace(place, options=options)
+            place = dataclasses.replace(place, options=place.options | {"offload"})
         elif role is None:
             # A Transform keeps nothing, whoever it follows.
-            options = place.options - {"offload"}
-            place = dataclasses.replace(place, options=options)
-        places[name] = CallPlan(
-            allocation=place,
-            rows=rows.get(name, 0),
-            pages=pages.get(name, 0),
-            kv_dtype=kv_dtype.get(name, ""),
-            weights=weights.get(name, ""),
-        )
-        if isinstance(function, Generate) and place.stage > 1:
+            place = dataclasses.replace(place, options=place.options - {"offload"})
+        if isinstance(graph.calls[name].function, Generate) and place.stage > 1:
             raise ValueError(
                 f"Call {name!r} generates, and its allocation {place} has {place.stage}"
                 " stages. A stage would wait for the others at every token: give a call"
                 " that generates data, fsdp, tensor or expert instead."
             )
-    ordered = {name: places[name] for name in graph.order() if name in places}
-    return ExecutionPlan(
-        graph=graph, calls=ordered, microbatch_tokens=microbatch_tokens
-    )
+        options = {
+            field: of_calls[name]
+            for field, of_calls in given.items()
+            if of_calls.get(name)
+        }
+        calls[name] = dataclasses.replace(call, allocation=place, **options)
+    return dataclasses.replace(plan, calls=calls)
+
+
+def _check_names(graph: DataflowGraph, names: Collection[str]) -> None:
+    for name in names:
+        if name not in graph.calls:
+            raise ValueError(
+                f"The plan names the call {name!r}, which this graph does not "
+                f"have. {suggest(name, graph.calls)}"
+            )
+
+
+def _check_pools(
+    graph: DataflowGraph, pages: Mapping[str, int], kv_dtype: Mapping[str, str]
+) -> None:
+    for name in (*pages, *kv_dtype):
+        if not isinstance(graph.calls[name].function, Generate):
+            raise ValueError(
+                f"The plan gives pages or a kv_dtype to the call {name!r}, which does "
+                "not generate and has no pool of keys and values. Leave them out."
+            )
+    for name, dtype in kv_dtype.items():
+        if dtype not in KV_DTYPES:
+            raise ValueError(
+                f"kv_dtype.{name} is {dtype!r}; it must be one of "
+                f"{', '.join(KV_DTYPES)}."
+            )
 
 
 def planned(

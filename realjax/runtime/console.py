@@ -31,7 +31,15 @@ _COMPLETION_WIDTH = 400
 # Words that a person looks for first, in the names of metrics; then order decides.
 _WORDS = ("loss", "score", "accuracy", "reward", "kl", "ratio", "grad_norm", "length")
 # Where the machinery's own numbers are; they belong to tables and files.
-_HIDDEN = ("timing_s/", "perf/", "realloc/", "batch/", "nonfinite", "skipped")
+_HIDDEN = (
+    "timing_s/",
+    "predicted_s/",
+    "perf/",
+    "realloc/",
+    "batch/",
+    "nonfinite",
+    "skipped",
+)
 
 
 class Console:

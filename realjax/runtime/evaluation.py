@@ -6,6 +6,7 @@ training differ by the parameters alone.
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -85,6 +86,23 @@ def evaluate(run: Run, executor: Executor, console: Console, when: str) -> Evalu
     for name, parts in scores.items():
         numbers |= _mean_and_error(f"eval/{name}", np.concatenate(parts))
     return Evaluation(numbers=numbers, samples=samples[: config.evaluation.num_samples])
+
+
+def show_change(columns: Mapping[str, np.ndarray], console: Console) -> None:
+    """Shows what evaluation found first and last, side by side.
+
+    Args:
+        columns: metrics of a run, aligned by step.
+        console: where.
+    """
+    rows = []
+    for name, values in columns.items():
+        measured = values[np.isfinite(values)]
+        shown = ("loss", "ppl", "accuracy", "scores", "_mean", "_error", "kl")
+        if name.startswith("eval/") and len(measured) > 1 and name.endswith(shown):
+            rows.append((name.removeprefix("eval/"), measured[0], measured[-1]))
+    if rows:
+        console.table("held-out data", ("", "first", "last"), rows)
 
 
 def _generates(run: Run) -> bool:

@@ -81,7 +81,7 @@ def make_panels(metrics: Mapping[str, np.ndarray]) -> dict[str, list[Panel]]:
     """Sorts metrics into figures and panels; see the module's docstring."""
     panels: dict[str, dict[str, Panel]] = {}
     for name, values in metrics.items():
-        if name in _UNDRAWN or name.startswith("timing_s/"):
+        if name in _UNDRAWN or name.startswith(("timing_s/", "predicted_s/")):
             continue
         known = values[np.isfinite(values)]
         if not len(known) or (len(known) > 1 and np.ptp(known) == 0):

@@ -1,5 +1,7 @@
 """The plan of a run on a machine that need not be there.
 
+    described_plan(config, Cluster.load("8xh100")).table()     as a run there takes it
+
     space = described_space(config, Cluster.load("8xh100"), coefficients)
     found = search(space)
     space.chosen(found.plan)         # the allocation of every call
@@ -7,19 +9,78 @@
 As in `described`, nothing is loaded: models are their configs.
 """
 
+from realjax.dataflow.account import GIB
+from realjax.dataflow.plan import ExecutionPlan
 from realjax.functions.role import Role
 from realjax.planner.cluster import Cluster
 from realjax.planner.cost import Coefficients
 from realjax.planner.memory import Work
-from realjax.planner.space import Lengths, Space, make_space
+from realjax.planner.space import Space, make_space
 from realjax.runtime.described import (
-    MICROBATCH_TOKENS,
     described_model,
     described_size,
     described_widths,
 )
+from realjax.runtime.given_plans import given_plan, microbatch_tokens
+from realjax.runtime.plan_choice import Setting, choose_plan, lengths_of
 from realjax.runtime.run import make_graph
 from realjax.runtime.run_config import RunConfig
+
+
+def described_plan(config: RunConfig, cluster: Cluster) -> ExecutionPlan:
+    """Return the plan that a run would take on a machine.
+
+    Args:
+        config: of the run. Where the plan has to be found, roles without a path need
+            `vocab_size` in their `model`.
+        cluster: the machine.
+
+    Raises:
+        ValueError: a plan that cannot be, a role without a known model, or a call that
+            fits nowhere.
+    """
+    given = given_plan(config, make_graph(config), cluster)
+    if given is not None:
+        return given
+    return choose_plan(config, described_setting(config, cluster)).plan
+
+
+def described_setting(
+    config: RunConfig,
+    cluster: Cluster,
+    *,
+    prompt_tokens: float = 0.0,
+    new_tokens: float = 0.0,
+) -> Setting:
+    """Return what the plan of a run is for, from its config alone.
+
+    Args:
+        config: of the run. Roles without a path need `vocab_size` in their `model`.
+        cluster: the machine.
+        prompt_tokens: mean of a prompt, or of a sequence where nothing is generated; 0
+            is the longest that the config allows.
+        new_tokens: mean of a completion; 0 is what the config expects.
+
+    Raises:
+        ValueError: a role without a known model.
+    """
+    graph = make_graph(config)
+    prompt_width, width = described_widths(graph, config.data)
+    work = Work(
+        num_rows=described_size(config.data), width=width, prompt_width=prompt_width
+    )
+    is_cpu = cluster.device.kind == "cpu"  # There the memory is whatever is needed.
+    limit_bytes = 0 if is_cpu else cluster.device.memory_bytes
+    return Setting(
+        graph=graph,
+        roles={name: _role(config, graph, name, cluster) for name in graph.roles},
+        work=work,
+        lengths=lengths_of(
+            config, graph, prompt_tokens or width, work, new_tokens=new_tokens
+        ),
+        cluster=cluster,
+        limit_bytes=int(config.memory_gib * GIB) or limit_bytes,
+    )
 
 
 def described_space(
@@ -30,35 +91,18 @@ def described_space(
     prompt_tokens: float = 0.0,
     new_tokens: float = 0.0,
 ) -> Space:
-    """List the plans of a run.
-
-    Args:
-        config: of the run. Roles without a path need `vocab_size` in their `model`.
-        cluster: the machine.
-        coefficients: of its devices.
-        prompt_tokens: mean of a prompt, or of a sequence where nothing is generated; 0
-            is the longest that the config allows.
-        new_tokens: mean of a completion; 0 is the longest.
+    """List the plans of a run; see `described_setting`.
 
     Raises:
         ValueError: a role without a known model, or a call that fits nowhere.
     """
-    graph = make_graph(config)
-    roles = {name: _role(config, graph, name, cluster) for name in graph.roles}
-    prompt_width, width = described_widths(graph, config.data)
-    longest = width - prompt_width if prompt_width else 0
-    lengths = Lengths(
-        prompt_tokens=prompt_tokens or prompt_width or width,
-        new_tokens=min(new_tokens or longest, longest),
-        most_new_tokens=longest,
-    )
-    work = Work(
-        num_rows=described_size(config.data), width=width, prompt_width=prompt_width
+    setting = described_setting(
+        config, cluster, prompt_tokens=prompt_tokens, new_tokens=new_tokens
     )
     return make_space(
-        *(graph, roles, work, lengths, cluster, coefficients),
-        microbatch_tokens=config.microbatch_tokens
-        or MICROBATCH_TOKENS * cluster.num_devices,
+        *(setting.graph, setting.roles, setting.work, setting.lengths),
+        *(cluster, coefficients),
+        microbatch_tokens=microbatch_tokens(config, cluster),
     )
 
 

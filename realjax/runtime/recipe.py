@@ -8,6 +8,7 @@
 "{workdir}" stands for the folder of the whole, so that a stage finds another's export.
 """
 
+import dataclasses
 import importlib.util
 import pathlib
 import shutil
@@ -22,9 +23,12 @@ from realjax.data import reviews
 from realjax.data.datasets import load_records
 from realjax.data.tokenizer import Tokenizer
 from realjax.dataflow.plan import ExecutionPlan
+from realjax.planner.cluster import Cluster
 from realjax.runtime import cluster, trainer
 from realjax.runtime import run as run_lib
 from realjax.runtime.console import Console
+from realjax.runtime.given_plans import given_plan
+from realjax.runtime.planning import described_plan
 from realjax.runtime.run_config import RunConfig
 from realjax.runtime.trainer import TrainResult
 from realjax.runtime.workdir import make_workdir
@@ -141,6 +145,8 @@ def _check_stage(
     """What can be known of a stage before those before it have run."""
     path = f"config.{name}" if name else "config"
     inputs = {"data.path": config.data.path, "data.valid_path": config.data.valid_path}
+    if config.plan.endswith(".json"):
+        inputs["plan"] = config.plan
     for role, one in config.roles.items():
         inputs |= {f"roles.{role}.path": one.path}
         inputs |= {f"roles.{role}.tokenizer": one.tokenizer}
@@ -150,7 +156,8 @@ def _check_stage(
         if value and not is_made_later and not place.exists():
             raise FileNotFoundError(f"{path}.{field} is {value!r}, which is not there.")
     graph = run_lib.make_graph(config, algorithm)
-    run_lib.plan_for(config, graph, len(jax.devices()))
+    if not config.plan.endswith(".json") or pathlib.Path(config.plan).exists():
+        given_plan(config, graph, Cluster.detect())
 
 
 def _make_tokenizer(folder: pathlib.Path, data: str, vocab_size: int) -> None:
@@ -172,14 +179,25 @@ def _make_tokenizer(folder: pathlib.Path, data: str, vocab_size: int) -> None:
     partial.rename(folder)  # Whole or not there, if killed.
 
 
-def plan(config: Any, cluster: int | None = None) -> ExecutionPlan:
+def plan(config: Any, cluster: int | str | None = None) -> ExecutionPlan:
     """The execution plan that a config would run with; of stages, the last one's.
+
+    Where the config leaves it to the planner, roles need a path or a vocabulary.
 
     Args:
         config: of a run, or of several in `stages`.
-        cluster: number of devices; by default those of this machine.
+        cluster: a machine as in "8xh100" or "4x8xh200" or a file (`planner.cluster`),
+            or a number of devices like those here; by default those of this machine.
     """
-    return run_lib.plan(_last_run(config), cluster)
+    if isinstance(cluster, str):
+        machine = Cluster.load(cluster)
+    else:
+        machine = Cluster.detect()
+        if cluster is not None:
+            machine = dataclasses.replace(
+                machine, num_nodes=1, devices_per_node=cluster
+            )
+    return described_plan(_last_run(config), machine)
 
 
 def _last_run(config: Any) -> RunConfig:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from realjax.core.timing import Timeline
+from realjax.runtime.predictions import compared
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: #23272e;
@@ -104,7 +105,11 @@ def write_report(
         _cards(metrics) if has_steps else "",
         _curves({n: f for n, f in curves.items() if n not in machine}, folder),
         _samples(samples_before, samples_after),
-        _section("Calls", *(_image(f, folder, n) for n, f in drawn.items())),
+        _section(
+            "Calls",
+            *(_image(f, folder, n) for n, f in drawn.items()),
+            _predictions(metrics) if has_steps else "",
+        ),
         _section(
             "Dataflow graph and execution plan",
             graph_svg,
@@ -193,6 +198,18 @@ def _samples(
         rows.append(f"<tr>{''.join(cells)}</tr>")
     head = "".join(f"<th>{name}</th>" for name in ("prompt", *columns))
     return _section("Completions", f"<table><tr>{head}</tr>{''.join(rows)}</table>")
+
+
+def _predictions(metrics: Mapping[str, np.ndarray]) -> str:
+    """Seconds that the plan expected of each call, and the median of the measured."""
+    rows = "".join(
+        f"<tr><td>{html.escape(call)}</td><td class='number'>{predicted:.4g}</td>"
+        f"<td class='number'>{measured:.4g}</td></tr>"
+        for call, predicted, measured in compared(metrics, warm_up_steps=2)
+    )
+    names = ("predicted", "measured")
+    heads = "".join(f"<th class='number'>{name}, s</th>" for name in names)
+    return f"<table><tr><th>call</th>{heads}</tr>{rows}</table>" if rows else ""
 
 
 def _summary(

@@ -10,7 +10,7 @@ import functools
 import importlib
 import pkgutil
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,16 +19,26 @@ from realjax.core.config import suggest, to_dataclass
 from realjax.data.datasets import Dataset, load_dataset
 from realjax.data.tokenizer import Tokenizer
 from realjax.dataflow.graph import DataflowGraph, ModelFunctionCall
-from realjax.dataflow.plan import ExecutionPlan, make_plan
+from realjax.dataflow.plan import ExecutionPlan
 from realjax.dataflow.schedule import home_places, resting_on_host
 from realjax.functions.function import Follow, Generate, Infer, Score, Train
 from realjax.functions.role import Role
 from realjax.functions.score import RewardWorkers
 from realjax.models import hf, transformer
 from realjax.models.config import ModelConfig
-from realjax.parallel.sharding import check_fit, handles, padded_for
-from realjax.planner.memory import streamed_roles
+from realjax.parallel.sharding import handles
+from realjax.planner.cluster import Cluster
+from realjax.planner.memory import Work, streamed_roles
+from realjax.runtime.device_memory import device_bytes
+from realjax.runtime.given_plans import given_plan
 from realjax.runtime.parameters import ParameterStore
+from realjax.runtime.plan_choice import (
+    Chosen,
+    Setting,
+    choose_plan,
+    lengths_of,
+    padded_roles,
+)
 from realjax.runtime.run_config import RunConfig
 
 
@@ -72,44 +82,19 @@ def _hyperparameters(config: RunConfig, module: Any) -> Any:
     return to_dataclass(module.HYPERPARAMETERS, config.hp, path="config.hp")
 
 
-def plan_for(config: RunConfig, graph: DataflowGraph, num_devices: int):
-    """The execution plan of a run on so many devices."""
-    on_cpu = jax.default_backend() == "cpu"
-    fits = num_devices >= config.allocations_devices
-    return make_plan(
-        graph,
-        num_devices=num_devices,
-        allocation=config.allocation,
-        allocations=config.allocations if fits else {},
-        rows=config.rows,
-        pages=config.pages,
-        kv_dtype=config.kv_dtype,
-        weights=config.weights,
-        role_weights={name: r.weights for name, r in config.roles.items()},
-        microbatch_tokens=config.microbatch_tokens
-        or (2048 if on_cpu else 16384 * num_devices),
-        offloaded=[name for name, role in config.roles.items() if role.offload],
-    )
-
-
-def plan(config: Any, cluster: int | None = None) -> ExecutionPlan:
-    """The execution plan that a config would run with.
-
-    Args:
-        config: a run's config.
-        cluster: number of devices; by default those of this machine.
-    """
-    config = to_dataclass(RunConfig, config)
-    return plan_for(config, make_graph(config), cluster or len(jax.devices()))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A checked run."""
+    """A checked run.
+
+    Attributes:
+        chosen: the plan, and what is expected of it.
+        plan: the same, its pools as large as there is room for.
+    """
 
     config: RunConfig
     hp: Any
     graph: DataflowGraph
+    chosen: Chosen
     plan: ExecutionPlan
     tokenizer: Tokenizer
     roles: Mapping[str, Role]
@@ -144,8 +129,20 @@ class Run:
         }
 
 
-def prepare(config: RunConfig, algorithm: Any = None) -> Run:
-    """Reads and checks everything a run needs; loads no weights.
+def prepare(
+    config: RunConfig,
+    algorithm: Any = None,
+    *,
+    kept: Mapping[str, Any] | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Run:
+    """Reads and checks everything a run needs, and plans it; loads no weights.
+
+    Args:
+        config: of the run.
+        algorithm: module or object with `graph` and `HYPERPARAMETERS`.
+        kept: plan of an earlier run in the same folder; see `choose_plan`.
+        tell: is told of a search for a plan.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: each naming what was found, what was
@@ -160,15 +157,10 @@ def prepare(config: RunConfig, algorithm: Any = None) -> Run:
                 f"The graph uses the role {role!r}, and config.roles has "
                 f"{', '.join(config.roles) or 'none'}. Add config.roles.{role}."
             )
-    plan = plan_for(config, graph, len(jax.devices()))
+    cluster = Cluster.detect()
+    given_plan(config, graph, cluster)  # What is wrong with it, before the rest.
     tokenizer = _one_tokenizer(config, graph)
     roles = {name: _make_role(name, config, graph, tokenizer) for name in graph.roles}
-    for name, place in plan.calls.items():
-        role = graph.calls[name].role
-        if role is not None:
-            with _about(f"Call {name!r}, role {role!r}"):
-                check_fit(place.allocation, roles[role].model)
-    roles = {name: _padded_role(role, graph, plan) for name, role in roles.items()}
     train_data = load_dataset(config.data, tokenizer, split="train", seed=config.seed)
     valid_data = None
     if config.data.valid_path or config.data.held_out:
@@ -180,26 +172,47 @@ def prepare(config: RunConfig, algorithm: Any = None) -> Run:
     batch_size = config.data.batch_size
     _check_minibatches(graph, batch_size, train_data.rows_per_record)
     _check_rewards(config, graph)
+    data = [train_data, *([valid_data] if valid_data else [])]
+    width = _width(graph, roles, data)
+    work = work_of(config, data, width)
+    setting = Setting(
+        graph=graph,
+        roles=roles,
+        work=work,
+        lengths=lengths_of(config, graph, train_data.mean_length, work),
+        cluster=cluster,
+        limit_bytes=device_bytes(config),
+    )
+    chosen = choose_plan(config, setting, kept=kept, tell=tell)
     steps = config.steps or -(-len(train_data) * config.epochs // batch_size)
     return Run(
         config=config,
         hp=hp,
         graph=graph,
-        plan=plan,
+        chosen=chosen,
+        plan=chosen.plan,
         tokenizer=tokenizer,
-        roles=roles,
+        roles=padded_roles(roles, graph, chosen.plan),
         train_data=train_data,
         valid_data=valid_data,
-        width=_width(graph, roles, [d for d in (train_data, valid_data) if d]),
+        width=width,
         steps=steps,
     )
 
 
-def _padded_role(role: Role, graph: DataflowGraph, plan: ExecutionPlan) -> Role:
-    """The role with its model padded for the strategies of all its calls."""
-    calls = (n for n, place in plan.calls.items() if graph.calls[n].role == role.name)
-    model = padded_for(role.model, (plan.calls[name].allocation for name in calls))
-    return dataclasses.replace(role, model=model)
+def work_of(config: RunConfig, data: Sequence[Dataset], width: int) -> Work:
+    """The shapes of a run's steps.
+
+    Args:
+        config: of the run.
+        data: its data sets, that of training first.
+        width: T, tokens of a sequence.
+    """
+    return Work(
+        num_rows=config.data.batch_size * data[0].rows_per_record,
+        width=width,
+        prompt_width=max(dataset.prompt_width for dataset in data),
+    )
 
 
 @contextlib.contextmanager

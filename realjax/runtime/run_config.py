@@ -4,12 +4,16 @@ import dataclasses
 import importlib.util
 from typing import Any
 
-from realjax.core.config import check_least
+from realjax.core.config import check_least, suggest
 from realjax.data.datasets import DataConfig
 from realjax.functions.role import RoleConfig
 from realjax.functions.score import RewardFunction
+from realjax.parallel.allocation import Allocation
 from realjax.runtime.checkpoint import CheckpointConfig
 from realjax.runtime.profile import profiled_steps
+
+PLAN_MODES = ("search", "heuristic", "symmetric")
+"""Ways to find a plan."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +51,13 @@ class RunConfig:
         steps: of the run; 0 takes them from `epochs`.
         epochs: passes over the training data.
         seed: of initial weights, data order, sampling and minibatches.
-        allocation: of every call not named in `allocations`; "" is data parallel over
-            all devices.
+        plan: how the allocations of calls are found: "search", "heuristic",
+            "symmetric", a strategy for all calls as in "d4t2", or the plan.json of a
+            run; "" is by hand where an allocation is given, and else "search" where
+            there is more than one device. See `runtime.given_plans`.
+        expected_new_tokens: mean of a completion, for the search; 0 is the longest.
+        allocation: of every call not named in `allocations`; "" leaves it to `plan`, or
+            is data parallel over all devices where `allocations` has others.
         allocations: by call, as in `allocations.rollout = "t4@0-3"`.
         allocations_devices: how many devices `allocations` is written for; with fewer
             it is left aside.
@@ -82,6 +91,8 @@ class RunConfig:
     steps: int = 0
     epochs: int = 1
     seed: int = 0
+    plan: str = ""
+    expected_new_tokens: float = 0.0
     allocation: str = ""
     allocations: dict[str, str] = dataclasses.field(default_factory=dict)
     allocations_devices: int = 0
@@ -105,6 +116,8 @@ class RunConfig:
         """Refuses counts that mean nothing, and a package that is not there."""
         names = ("steps", "seed", "allocations_devices", "microbatch_tokens")
         check_least(self, 0, *names, "benchmark_steps", "max_nonfinite", "memory_gib")
+        check_least(self, 0, "expected_new_tokens")
+        check_plan(self.plan, self.allocation)
         check_least(self, 1, "epochs")
         profiled_steps(self.profile_steps)
         for field in ("rows", "pages"):
@@ -118,3 +131,28 @@ class RunConfig:
                 f"wandb_project is {self.wandb_project!r} and the package `wandb` is "
                 "not installed: `pip install wandb`, or leave the project empty."
             )
+
+
+def check_plan(text: str, allocation: str) -> None:
+    """Refuses a text of `config.plan` that says nothing, or another thing twice.
+
+    Raises:
+        ValueError: naming what can be written.
+    """
+    if not text or text.endswith(".json"):
+        pass
+    elif text not in PLAN_MODES:
+        strategy = text.removeprefix("symmetric:")
+        try:
+            Allocation.parse(strategy)
+        except ValueError as error:
+            raise ValueError(
+                f"plan is {text!r}, which is none of {', '.join(PLAN_MODES)}, no"
+                " strategy for all calls, as in d4t2, and no .json file."
+                f" {suggest(text, PLAN_MODES)} ({error})"
+            ) from error
+    if text and allocation:
+        raise ValueError(
+            f"plan is {text!r} and allocation is {allocation!r}: both say where every"
+            " call runs. Leave one of them out."
+        )

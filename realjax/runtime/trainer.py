@@ -26,12 +26,14 @@ from realjax.runtime import cluster, named_arrays, report
 from realjax.runtime.agreement import Agreement
 from realjax.runtime.checkpoint import Checkpointer
 from realjax.runtime.console import Console
-from realjax.runtime.evaluation import Evaluation, evaluate
+from realjax.runtime.evaluation import Evaluation, evaluate, show_change
 from realjax.runtime.executor import Executor
+from realjax.runtime.kept_plan import read_plan, write_plan
 from realjax.runtime.links import plan_links
 from realjax.runtime.measures import call_seconds, to_numbers
 from realjax.runtime.memory import fits_function, run_account, with_fitting_pools
 from realjax.runtime.model import Model
+from realjax.runtime.predictions import Predictions, compared
 from realjax.runtime.profile import Profiler
 from realjax.runtime.run import Run, load_parameters, prepare
 from realjax.runtime.run_config import RunConfig
@@ -84,8 +86,9 @@ def train(
             before anything compiles.
         NonFiniteError: training diverged; the last checkpoint is untouched.
     """
-    run = prepare(config, algorithm)
-    trainer = Trainer(run, pathlib.Path(workdir), console or Console())
+    console, workdir = console or Console(), pathlib.Path(workdir)
+    run = prepare(config, algorithm, kept=read_plan(workdir), tell=console.print)
+    trainer = Trainer(run, workdir, console)
     with contextlib.closing(trainer):
         return trainer.train()
 
@@ -122,8 +125,12 @@ class Trainer:
         self.checkpointer = opened.enter_context(
             Checkpointer(checkpoints, keep=config.checkpoint.keep)
         )
-        self.console.print(f"plan\n{run.plan.table()}")
+        chosen = dataclasses.replace(run.chosen, plan=run.plan)
+        self.console.print(chosen.summary())
         run_account(run).check()
+        self.predictions = Predictions(chosen, warm_up_steps=WARM_UP_STEPS)
+        if self.is_first:
+            write_plan(self.workdir, run)
         self.executor = Executor(
             run.graph,
             run.plan,
@@ -220,8 +227,10 @@ class Trainer:
         self.checkpointer.wait()
         self.step = step
         own |= self._performance(buffer, time.perf_counter() - begin)
-        own |= call_seconds(watch.timeline.take(), step)
+        own |= call_seconds(watch.timeline.take(), step) | self.predictions.numbers
         numbers = self._agree(own)
+        for text in self.predictions.observe(numbers):
+            self.console.print(text)
         rate.update(tokens=numbers["num_tokens"])
         self.console.step(step, self.run.steps, epoch, numbers, rate)
         if self._evaluation_is_due():
@@ -430,17 +439,6 @@ class Trainer:
             for name, role in self.run.roles.items()
         }
 
-    def _show_change(self, columns: dict[str, np.ndarray]) -> None:
-        """What evaluation found first and last, side by side."""
-        rows = []
-        for name, values in columns.items():
-            measured = values[np.isfinite(values)]
-            shown = ("loss", "ppl", "accuracy", "scores", "_mean", "_error", "kl")
-            if name.startswith("eval/") and len(measured) > 1 and name.endswith(shown):
-                rows.append((name.removeprefix("eval/"), measured[0], measured[-1]))
-        if rows:
-            self.console.table("held-out data", ("", "first", "last"), rows)
-
     def _finish(self, benchmark: int) -> None:
         """Medians of a benchmark, and the report page."""
         cluster.barrier(f"end/{self.step}")
@@ -448,6 +446,9 @@ class Trainer:
         if not self.is_first:
             return
         if benchmark:
+            rows = compared(columns, warm_up_steps=WARM_UP_STEPS)
+            names = ("", "predicted", "measured")
+            self.console.table("seconds of calls", names, rows)
             self.console.medians(
                 {
                     name: values[WARM_UP_STEPS:].tolist()
@@ -455,7 +456,7 @@ class Trainer:
                     if name.startswith(("timing_s/", "perf/"))
                 }
             )
-        self._show_change(columns)
+        show_change(columns, self.console)
         if len(self.samples) == 2:
             self.console.completions(self.samples["before"], self.samples["after"])
         page = self.workdir / "report.html"

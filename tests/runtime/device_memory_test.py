@@ -1,20 +1,12 @@
-"""Tests of `realjax/runtime/memory.py`."""
+"""Tests of `realjax/runtime/device_memory.py`."""
 
 import types
 
 import jax
 import pytest
 
-from realjax.runtime import memory
-from realjax.runtime.run import Run
-
-
-def run(memory_gib=0.0):
-    """A run of which nothing is known but its config."""
-    found = Run.__new__(Run)
-    config = types.SimpleNamespace(memory_gib=memory_gib)
-    object.__setattr__(found, "config", config)
-    return found
+from realjax.runtime import device_memory
+from realjax.runtime.run_config import RunConfig
 
 
 class Devices:
@@ -28,7 +20,7 @@ class Devices:
         gather = lambda find: [find(), *others]
         agreement = lambda about: types.SimpleNamespace(gather=gather)
         monkeypatch.setattr(jax, "local_devices", lambda: devices)
-        monkeypatch.setattr(memory, "Agreement", agreement)
+        monkeypatch.setattr(device_memory, "Agreement", agreement)
 
 
 @pytest.mark.parametrize(
@@ -46,9 +38,9 @@ def test_the_memory_of_a_device_is_the_least_of_all_processes(
     monkeypatch, limits, others, found
 ):
     Devices(monkeypatch, limits, others)
-    assert memory.device_bytes(run()) == found
+    assert device_memory.device_bytes(RunConfig()) == found
 
 
 def test_a_config_says_how_much_memory_there_is_whatever_devices_say(monkeypatch):
     Devices(monkeypatch, (80,), (78,))
-    assert memory.device_bytes(run(memory_gib=2)) == 2 << 30
+    assert device_memory.device_bytes(RunConfig(memory_gib=2)) == 2 << 30
