@@ -27,11 +27,14 @@ def trained_roles(config):
     }
 
 
-# The one that is only compiled runs, as `:debug`, what ppo.py runs.
+# As `:debug` these run what sft.py, reward_model.py and ppo.py do.
+COPIES = ("compile_", "llama7b_")
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow if n.startswith("compile_") else ())
+        pytest.param(n, marks=pytest.mark.slow if n.startswith(COPIES) else ())
         for n in CONFIGS
     ],
 )

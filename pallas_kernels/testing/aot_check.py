@@ -71,7 +71,7 @@ def problems(
             f"{report.temporary_bytes} bytes of temporaries, at most"
             f" {limits.temporary_bytes}"
         )
-    architecture = {"h200": "sm_90a", "a100": "sm_80"}[gpu]
+    architecture = "sm_80" if gpu == "a100" else "sm_90a"
     for kernel in kernels:
         if kernel.architecture != architecture:
             found.append(f"{kernel.name} is for {kernel.architecture}")

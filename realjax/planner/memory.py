@@ -180,7 +180,7 @@ def memory_sizes(
             # It arrives whole, and is quantized matrix by matrix.
             arriving[key] = whole - copies[key]
         role = roles[node.role]
-        working[name] = working_bytes(plan, name, role, num_rows, work)
+        working[name] = sum(working_bytes(plan, name, role, num_rows, work))
         if isinstance(node.function, Generate):
             pools[name] = pool_bytes(plan, name, role, num_rows, work)
     return Sizes(
@@ -205,6 +205,7 @@ class CallBytes:
             call trains and they are not in host memory.
         copy: parameters in the type it computes in.
         working: while it runs, beside parameters.
+        temporary: of that, what one of its programs takes beside what it is given.
         pool: keys and values that stay, of a call that generates.
         batch: keys of the batch that it reads and writes.
     """
@@ -213,6 +214,7 @@ class CallBytes:
     masters: int = 0
     copy: int = 0
     working: int = 0
+    temporary: int = 0
     pool: int = 0
     batch: int = 0
 
@@ -245,6 +247,7 @@ def call_bytes(
     if node.is_training and not role.config.optimizer.offload:
         masters += MOMENTS * cut_bytes(role.model, allocation)
     place = schedule_lib.place_of(graph, plan, {node.role: role.dtype}, name)
+    working = working_bytes(plan, name, role, num_rows, work)
     pool = 0
     if isinstance(node.function, Generate):
         pool = pool_bytes(plan, name, role, num_rows, work)
@@ -252,7 +255,8 @@ def call_bytes(
         parameters=parameters,
         masters=masters,
         copy=parameter_bytes(role.model, place),
-        working=working_bytes(plan, name, role, num_rows, work),
+        working=sum(working),
+        temporary=working.temporary,
         pool=pool,
         batch=batch,
     )

@@ -7,6 +7,7 @@ anything.
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 
@@ -57,9 +58,21 @@ class Work:
     prompt_width: int = 0
 
 
+class Working(NamedTuple):
+    """What a call works with on each device.
+
+    Attributes:
+        kept: what its programs hand to each other: sums of gradients, or completions.
+        temporary: the most that one of its programs takes beside what it is given.
+    """
+
+    kept: int
+    temporary: int
+
+
 def working_bytes(
     plan: ExecutionPlan, name: str, role: Role, num_rows: int, work: Work
-) -> int:
+) -> Working:
     """Count what a call of a role needs beside parameters, moments and the batch.
 
     Args:
@@ -78,25 +91,26 @@ def working_bytes(
             node.function, model, allocation, itemsize, rows, settings, work
         )
     if node.is_following:
-        return parameter_bytes(model, Place(allocation, "float32"))
+        return Working(0, parameter_bytes(model, Place(allocation, "float32")))
     rows = plan.num_rows(name, max_rows=num_rows, row_length=work.width)
     num_tokens = rows // allocation.num_row_shards * work.width // allocation.stage
     layer = _layer_bytes(model, allocation, itemsize, num_tokens)
-    size = int((2 if node.is_training else FORWARD_SHARE) * layer)
+    kept, size = 0, int((2 if node.is_training else FORWARD_SHARE) * layer)
     size += _gathered_bytes(model, allocation, itemsize)
     size += _head_bytes(model, allocation, itemsize, num_tokens)
     if isinstance(node.function, Train):
         layers = -(-model.padded_num_layers // allocation.stage)
         remat = role.remat(plan.calls[name].remat)
-        kept = _kept_bytes(model, allocation, itemsize, num_tokens, remat)
+        of_layer = _kept_bytes(model, allocation, itemsize, num_tokens, remat)
         # Every microbatch that is under way in a pipeline keeps its own.
-        size += kept * layers * allocation.stage
-        # The sums over the minibatch, and the gradient of this microbatch.
-        size += 2 * cut_bytes(model, allocation)
+        size += of_layer * layers * allocation.stage
+        # The gradient of this microbatch; kept are the sums over the minibatch.
+        kept = cut_bytes(model, allocation)
+        size += kept
         if role.config.optimizer.offload:
             layer = MOMENTS * cut_bytes(model, allocation) // model.padded_num_layers
             size += 2 * layer
-    return size
+    return Working(kept, size)
 
 
 def room(plan: ExecutionPlan, name: str, role: Role, num_rows: int, work: Work) -> Room:
@@ -132,7 +146,7 @@ def page_bytes(plan: ExecutionPlan, name: str, role: Role) -> int:
 
 def _generate_bytes(
     spec, model, allocation, itemsize, rows, settings: Settings, work: Work
-) -> int:
+) -> Working:
     """Beside the pool: a step of decoding or a chunk of prompts, and the result."""
     tensor = allocation.tensor
     slots = -(-settings.slots // allocation.num_row_shards)
@@ -155,7 +169,7 @@ def _generate_bytes(
     form = kept_width(spec.sampling, model.vocab_size)
     # Tokens, log-probabilities and entropy of all rows, and the sets they kept.
     result = 4 * rows * work.width * (3 + (form[1] if form else 0))
-    return max(decode, prefill) + result
+    return Working(result, max(decode, prefill))
 
 
 def _layer_bytes(model, allocation, itemsize: int, num_tokens: int) -> int:
