@@ -2,15 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from realjax.core.arrays import Array, Int
+from realjax.planner.cluster import Cluster
 from realjax.planner.memory import CallBytes
-from realjax.planner.simulate import Options, Problem, price
-from realjax.planner.space import Option, Space
+from realjax.planner.options import CallOptions, Option
+from realjax.planner.simulate import Problem, price
+from realjax.planner.space import Space, table
 
 MOST_PLANS = 2**31 - 1
 """More are not counted with 32 bits, and would take an hour."""
@@ -70,49 +72,48 @@ def relaxed(space: Space) -> Space | None:
     Returns:
         The space; None where it still has too many plans to look at.
     """
-    reduced, is_even = [], _is_even(space)
+    reduced, is_even = [], _is_even(space.cluster)
     for index, options in enumerate(space.options):
-        by_range: dict[tuple[int, int], Option] = {}
-        for option in options:
-            place = option.allocation.devices[0], option.allocation.size
-            if is_even and index == 0 and place[0] > 0:
-                continue
-            best = by_range.get(place)
-            if best is None or option.seconds < best.seconds:
-                by_range[place] = dataclasses.replace(option, bytes=CallBytes())
-        reduced.append(tuple(by_range.values()))
+        places = options.places
+        if is_even and index == 0:
+            places = tuple(place for place in places if place[0] == 0)
+        reduced.append(
+            CallOptions(
+                places=places,
+                shapes={n: _fastest(shapes) for n, shapes in options.shapes.items()},
+            )
+        )
     if math.prod(map(len, reduced)) > MOST_RELAXED_PLANS:
         return None
-    most = max(map(len, reduced))
-    column = lambda value: jnp.asarray(
-        [
-            [value(options[min(n, len(options) - 1)]) for n in range(most)]
-            for options in reduced
-        ]
+    problem = space.problem._replace(
+        options=table(reduced), hop_seconds=jnp.float32(0.0)
     )
-    zeros = jnp.zeros((len(reduced), most), jnp.float32)
-    options = Options(
-        start=column(lambda option: option.allocation.devices[0]),
-        size=column(lambda option: option.allocation.size),
-        seconds=column(lambda option: option.seconds).astype(jnp.float32),
-        static_bytes=zeros,
-        working_bytes=zeros,
-        copy_bytes=zeros,
-        layout=jnp.zeros((len(reduced), most), jnp.int32),
-    )
-    problem = space.problem._replace(options=options, hop_seconds=jnp.float32(0.0))
     return dataclasses.replace(space, options=tuple(reduced), problem=problem)
 
 
-def _is_even(space: Space) -> bool:
+def _fastest(shapes: Sequence[Option]) -> tuple[Option, ...]:
+    """Return the fastest of some options, without bytes."""
+    if not shapes:
+        return ()
+    best = min(shapes, key=lambda option: option.seconds)
+    return (
+        dataclasses.replace(
+            best,
+            bytes=CallBytes(),
+            static_bytes=0,
+            working_bytes=0,
+            parked_bytes=0,
+            reload_seconds=0.0,
+            offload_seconds=0.0,
+        ),
+    )
+
+
+def _is_even(cluster: Cluster) -> bool:
     """Tell whether the ranges of every size cover all devices."""
-    places = {
-        (option.allocation.devices[0], option.allocation.size)
-        for options in space.options
-        for option in options
-    }
-    sizes = [size for _, size in places]
-    return all(sizes.count(size) * size == max(sizes) for size in set(sizes))
+    return all(
+        size & (size - 1) == 0 for size in (cluster.devices_per_node, cluster.num_nodes)
+    )
 
 
 @jax.jit

@@ -1,9 +1,9 @@
 """The search for the plan whose step takes the least time and fits the memory.
 
 Some hundred chains of simulated annealing walk at the same time. A move gives one call
-another option: any, or the same strategy on other devices, or another strategy on the
-same. Plans that do not fit are never accepted; how much they are beyond the memory only
-orders plans while none is known that fits.
+another option: on the devices that it has, on those of another call or within or around
+them, or on any; there mostly a fast one. Plans that do not fit are never accepted; how
+much they are beyond the memory only orders plans while none is known that fits.
 
 `lower_bound` says how much better any plan could be at most.
 """
@@ -11,7 +11,7 @@ orders plans while none is known that fits.
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 
 from realjax.core.arrays import Array, Int, Key
 from realjax.planner.exhaustive import best_of_all, relaxed
+from realjax.planner.options import CallOptions, Option
 from realjax.planner.simulate import Problem, price
 from realjax.planner.space import Space
 
@@ -27,6 +28,10 @@ CHAINS = 256
 MOVES_AT_A_TIME = 64
 RESTART_SHARE = 0.25
 """Of the chains, the worst, that go on from the best plan after some moves."""
+
+STAY_SHARE, FOLLOW_SHARE, NEAR_SHARE = 0.4, 0.6, 0.9
+"""Of moves: those that stay on their devices, those and the ones that take another
+call's, and with them those that go within or around such devices."""
 
 FIRST_TEMPERATURE, LAST_TEMPERATURE = 0.2, 0.002
 """Of the seconds of the best plan so far: a move that is worse by so much is taken with
@@ -59,6 +64,24 @@ class Found:
         return self.seconds / self.lower_bound - 1
 
 
+class _Places(NamedTuple):
+    """How the options of every call are numbered; see `options.CallOptions`.
+
+    Options on ranges of one size follow each other, range by range. With K sizes:
+
+    Attributes:
+        first: number of the first option of a size.
+        shapes: options on each range of it.
+        ranges: how many ranges of it there are.
+        size: devices of it.
+    """
+
+    first: Int[Array, "C K"]
+    shapes: Int[Array, "C K"]
+    ranges: Int[Array, "C K"]
+    size: Int[Array, "C K"]
+
+
 class _Chains(NamedTuple):
     plans: Int[Array, "N C"]
     cost: Array
@@ -88,12 +111,12 @@ def search(
     Raises:
         ValueError: no plan was found that fits the memory.
     """
-    counts = jnp.asarray([len(options) for options in space.options])
+    numbering = _places(space)
     key = jax.random.key(seed)
     plans = _first_plans(space, key, starts)
     cost = _cost(space.problem, plans)
     chains = _Chains(plans, cost, key)
-    walk = functools.partial(_walk, space.problem, counts)
+    walk = functools.partial(_walk, space.problem, numbering)
     jax.block_until_ready(walk(chains, jnp.float32(0.1)))  # Compiles.
     best_plan, best_cost = _best(chains)
     begin, moves, history = time.monotonic(), 0, []
@@ -128,22 +151,42 @@ def search(
     )
 
 
+def _places(space: Space) -> _Places:
+    sizes = [options.sizes for options in space.options]
+    most = max(map(len, sizes))
+    rows = [[], [], [], []]
+    for options, of_call in zip(space.options, sizes, strict=True):
+        ends = [*(place for _, place, _ in of_call[1:]), len(options.places)]
+        columns = (
+            [first for _, _, first in of_call],
+            [len(options.shapes[size]) for size, _, _ in of_call],
+            [end - p for (_, p, _), end in zip(of_call, ends, strict=True)],
+            [size for size, _, _ in of_call],
+        )
+        for row, column in zip(rows, columns, strict=True):
+            # Beyond the last size there is none.
+            row.append([*column, *[0] * (most - len(column))])
+    # A size without options is never looked for.
+    return _Places(*(jnp.asarray(row, jnp.int32) for row in rows))
+
+
 def _first_plans(
     space: Space, key: Key[Array, ""], starts: Sequence[Sequence[int]]
 ) -> Int[Array, "N C"]:
     """Return a plan for each chain: those given, the fastest options, random ones."""
     generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     columns = []
-    for options in space.options:
-        by_speed = np.argsort([option.seconds for option in options], kind="stable")
+    for call, options in enumerate(space.options):
+        seconds = np.asarray(space.problem.options.seconds[call, : len(options)])
+        by_speed = np.argsort(seconds, kind="stable")
         # Mostly fast ones: the square of a uniform number.
         drawn = generator.random(CHAINS) ** 2 * len(options)
         column = by_speed[drawn.astype(np.int64)]
         column[0] = by_speed[0]
         columns.append(column)
     plans = np.stack(columns, axis=1)
-    for number, start in enumerate(starts):
-        plans[(number + 1) % CHAINS] = start
+    for number, start in enumerate(starts[: CHAINS - 1]):
+        plans[number + 1] = start
     return jnp.asarray(plans, jnp.int32)
 
 
@@ -157,16 +200,16 @@ def _cost(problem: Problem, plans: Int[Array, "N C"]) -> Array:
 
 @jax.jit
 def _walk(
-    problem: Problem, counts: Int[Array, "C"], chains: _Chains, temperature: Array
+    problem: Problem, places: _Places, chains: _Chains, temperature: Array
 ) -> _Chains:
     """Make some moves in every chain, then let the worst go on from the best."""
 
     def move(chains: _Chains, _) -> tuple[_Chains, None]:
-        keys = jax.random.split(chains.key, 4)
-        proposed = _proposed(problem, counts, chains.plans, keys[1], keys[2])
+        keys = jax.random.split(chains.key, 3)
+        proposed = _proposed(places, chains.plans, keys[1])
         cost = _cost(problem, proposed)
         worse = (cost - chains.cost) / temperature
-        chance = jax.random.uniform(keys[3], worse.shape)
+        chance = jax.random.uniform(keys[2], worse.shape)
         is_taken = chance < jnp.exp(-worse)
         plans = jnp.where(is_taken[:, None], proposed, chains.plans)
         return _Chains(plans, jnp.where(is_taken, cost, chains.cost), keys[0]), None
@@ -182,32 +225,49 @@ def _walk(
 
 
 def _proposed(
-    problem: Problem,
-    counts: Int[Array, "C"],
-    plans: Int[Array, "N C"],
-    key: Key[Array, ""],
-    choice_key: Key[Array, ""],
+    places: _Places, plans: Int[Array, "N C"], key: Key[Array, ""]
 ) -> Int[Array, "N C"]:
     """Give one call of every plan another option."""
     num_chains, num_calls = plans.shape
-    keys = jax.random.split(key, 3)
-    call = jax.random.randint(keys[0], (num_chains,), 0, num_calls)
     chain = jnp.arange(num_chains)
-    drawn = jax.random.uniform(keys[1], (num_chains,))
-    anywhere = (drawn * counts[call]).astype(jnp.int32)
-    # Some options near the one drawn: take what is on the devices of another call.
-    other = jax.random.randint(choice_key, (num_chains,), 0, num_calls)
-    start = problem.options.start[other, plans[chain, other]]
-    size = problem.options.size[other, plans[chain, other]]
-    offsets = jnp.arange(16)[None]
-    near = jnp.minimum(anywhere[:, None] + offsets, counts[call][:, None] - 1)
-    is_there = (problem.options.start[call[:, None], near] == start[:, None]) & (
-        problem.options.size[call[:, None], near] == size[:, None]
-    )
-    first = jnp.argmax(is_there, axis=1)
-    beside = jnp.where(is_there.any(axis=1), near[chain, first], anywhere)
-    is_beside = jax.random.bernoulli(keys[2], 0.5, (num_chains,))
-    return plans.at[chain, call].set(jnp.where(is_beside, beside, anywhere))
+    keys = jax.random.split(key, 7)
+    draw = lambda key: jax.random.uniform(key, (num_chains,))
+    call = jax.random.randint(keys[0], (num_chains,), 0, num_calls)
+    other = jax.random.randint(keys[1], (num_chains,), 0, num_calls)
+    kind = draw(keys[2])
+    # Where the call itself is, or another one.
+    near = jnp.where(kind < STAY_SHARE, call, other)
+    size, place = _place_of(places, near, plans[chain, near])
+    # A size that the call has options of: that one, or any.
+    has_some = (places.shapes > 0) & (places.ranges > 0)
+    drawn = jax.random.gumbel(keys[3], has_some[call].shape)
+    is_kept = (places.size[call] == size[:, None]) & (kind < FOLLOW_SHARE)[:, None]
+    score = jnp.where(has_some[call], drawn + jnp.where(is_kept, 1e3, 0.0), -jnp.inf)
+    chosen = jnp.argmax(score, axis=1)
+    at = lambda x: x[call, chosen]
+    # Within that place or around it, or anywhere.
+    count, first = at(places.ranges), place * size
+    inside = jnp.maximum(size // at(places.size), 1)
+    offset = (draw(keys[4]) * inside).astype(jnp.int32)
+    index = first // jnp.maximum(at(places.size), 1) + offset
+    anywhere = (draw(keys[5]) * count).astype(jnp.int32)
+    index = jnp.where(kind < NEAR_SHARE, jnp.minimum(index, count - 1), anywhere)
+    # Options of a size are sorted: mostly a fast one.
+    shape = (draw(keys[6]) ** 2 * at(places.shapes)).astype(jnp.int32)
+    number = at(places.first) + index * at(places.shapes) + shape
+    return plans.at[chain, call].set(number)
+
+
+def _place_of(
+    places: _Places, call: Int[Array, "N"], number: Int[Array, "N"]
+) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
+    """Return the size of an option's range, and which one of that size it is."""
+    count = places.shapes[call] * places.ranges[call]
+    offset = number[:, None] - places.first[call]
+    column = jnp.argmax((offset >= 0) & (offset < count), axis=1)
+    at = lambda x: x[call, column]
+    index = (number - at(places.first)) // jnp.maximum(at(places.shapes), 1)
+    return at(places.size), index
 
 
 def _best(chains: _Chains) -> tuple[np.ndarray, float]:
@@ -239,7 +299,9 @@ def lower_bound(space: Space) -> float:
 
 
 def _longest_way(space: Space) -> float:
-    fastest = [min(o.seconds for o in options) for options in space.options]
+    fastest = [
+        _least(options, lambda option: option.seconds) for options in space.options
+    ]
     reads = np.asarray(space.problem.reads)
     longest = 0.0
     for first in range(len(fastest)):
@@ -255,11 +317,13 @@ def _longest_way(space: Space) -> float:
 
 
 def _least_work(space: Space) -> float:
-    num_devices = max(
-        option.allocation.size for options in space.options for option in options
-    )
     work = sum(
-        min(option.seconds * option.allocation.size for option in options)
+        _least(options, lambda option: option.seconds * option.allocation.size)
         for options in space.options
     )
-    return work / num_devices
+    return work / space.cluster.num_devices
+
+
+def _least(options: CallOptions, value: Callable[[Option], float]) -> float:
+    """Return the least of a number that is the same on any range of a size."""
+    return min(value(o) for shapes in options.shapes.values() for o in shapes)

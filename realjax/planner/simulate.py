@@ -1,11 +1,15 @@
 """Seconds and memory of many plans at once.
 
-A plan is one option a call. Calls are issued in one order, the graph's, and a device
-takes them as they are issued; so a call begins when the calls it reads from have ended,
-and all earlier ones that share a device with it:
+A plan is one option a call. Calls are issued in one order, the graph's, and devices
+take them as they are issued. So a call begins when what it reads is there and its
+devices have ended all that was issued for them before:
 
-    begin_i = max over j < i that i reads from or overlaps with   of end_j
-    end_i   = begin_i + copy_i + seconds_i
+    step begins ─ copies that memory has room for ─ call ─ copy ─ call ─ copy ─ call …
+
+As in `dataflow.schedule`, copies of parameters, and what comes back from host memory,
+are issued at the beginning of a step if all of them fit beside the calls until they are
+needed; else each comes right before its call. A copy takes the devices of both its
+ends. Traffic with the host takes no time of the devices, but its call waits for it.
 
 Ranges of devices are within each other or apart (`strategies`), so that what two calls
 share is a comparison of numbers, whatever the number of devices. The same holds for
@@ -17,15 +21,22 @@ of two steps in a row, once the first ones are over.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from realjax.core.arrays import Array, Float, Int
+from realjax.core.arrays import Array, Bool, Float, Int
 
 STEPS = 4
 """Steps that are simulated, of which the last two count."""
+
+FEWEST = 256
+"""Plans that are simulated at a time."""
+
+AXES = ("tensor", "expert", "fsdp", "stage")
+"""Those that cut parameters."""
 
 
 class Options(NamedTuple):
@@ -33,20 +44,31 @@ class Options(NamedTuple):
 
     Attributes:
         start, size: its range of devices.
+        tensor, expert, fsdp, stage: parts that its parameters are cut into.
         seconds: of the call, without copies.
         static_bytes: that its devices hold at all times because of it.
         working_bytes: that they hold while it runs.
         copy_bytes: of its parameters on one device, where they lie elsewhere.
-        layout: options of a role with the same number cut its parameters alike.
+        parked_bytes: of parameters that its devices get back from host memory when
+            another call copies them; 0 where they stay.
+        reload_seconds: until what the call itself needs of its role is back from host
+            memory.
+        offload_seconds: until what it has changed is in host memory.
     """
 
     start: Int[Array, "C O"]
     size: Int[Array, "C O"]
+    tensor: Int[Array, "C O"]
+    expert: Int[Array, "C O"]
+    fsdp: Int[Array, "C O"]
+    stage: Int[Array, "C O"]
     seconds: Float[Array, "C O"]
     static_bytes: Float[Array, "C O"]
     working_bytes: Float[Array, "C O"]
     copy_bytes: Float[Array, "C O"]
-    layout: Int[Array, "C O"]
+    parked_bytes: Float[Array, "C O"]
+    reload_seconds: Float[Array, "C O"]
+    offload_seconds: Float[Array, "C O"]
 
 
 class Problem(NamedTuple):
@@ -56,20 +78,29 @@ class Problem(NamedTuple):
         options: of the calls, in the order in which they are issued.
         reads: whether call i reads what call j < i writes.
         home: for each call the one where its role's parameters live; itself if there.
+        casts: whether a call needs them in another type than they have there.
+        shares: whether call i can take the copy that call j < i had, if it lies as
+            call i needs it: of the same role, not changed in between.
+        is_serial: whether calls wait for each other wherever they are.
         devices_per_node: a copy between nodes goes over the network.
-        link, network: seconds a byte.
+        memory, link, network, host: seconds a byte.
         hop_seconds: of a copy, beside its bytes.
         memory_bytes: of a device.
     """
 
     options: Options
-    reads: Array
-    home: Array
-    devices_per_node: Array
-    link: Array
-    network: Array
-    hop_seconds: Array
-    memory_bytes: Array
+    reads: Bool[Array, "C C"]
+    home: Int[Array, "C"]
+    casts: Bool[Array, "C"]
+    shares: Bool[Array, "C C"]
+    is_serial: Bool[Array, ""]
+    devices_per_node: Int[Array, ""]
+    memory: Float[Array, ""]
+    link: Float[Array, ""]
+    network: Float[Array, ""]
+    host: Float[Array, ""]
+    hop_seconds: Float[Array, ""]
+    memory_bytes: Float[Array, ""]
 
 
 class Priced(NamedTuple):
@@ -79,17 +110,21 @@ class Priced(NamedTuple):
         seconds: of a step.
         memory_bytes: the most on any device.
         begin, end: of each call in the last step, from its beginning.
-        copy_seconds: of the copy before each call.
+        copy_begin, copy_end: of the copy for each call; the same where there is none.
+        copy_seconds: of that copy.
+        is_early: whether copies are issued at the beginning of a step.
     """
 
     seconds: Float[Array, "P"]
     memory_bytes: Float[Array, "P"]
     begin: Float[Array, "P C"]
     end: Float[Array, "P C"]
+    copy_begin: Float[Array, "P C"]
+    copy_end: Float[Array, "P C"]
     copy_seconds: Float[Array, "P C"]
+    is_early: Bool[Array, "P"]
 
 
-@jax.jit
 def price(problem: Problem, plans: Int[Array, "P C"]) -> Priced:
     """Simulate plans.
 
@@ -97,69 +132,271 @@ def price(problem: Problem, plans: Int[Array, "P C"]) -> Priced:
         problem: calls and options.
         plans: the number of each call's option.
     """
-    return jax.vmap(functools.partial(_price, problem))(plans)
+    count = len(plans)
+    # Few are as many as FEWEST, so that one program serves.
+    more = jnp.zeros((max(FEWEST - count, 0), plans.shape[1]), plans.dtype)
+    found = _price(problem, jnp.concatenate([plans, more]))
+    return jax.tree.map(lambda x: x[:count], found)
 
 
-def _price(problem: Problem, plan: Int[Array, "C"]) -> Priced:
-    calls = jnp.arange(len(plan))
-    chosen = Options(*(x[calls, plan] for x in problem.options))
-    stop = chosen.start + chosen.size
-    meets = (chosen.start[:, None] < stop[None]) & (chosen.start[None] < stop[:, None])
-    copies = _copy_seconds(problem, chosen)
-    seconds = chosen.seconds + copies
-    count = len(plan)
-    is_earlier = jnp.tril(jnp.ones((count, count), bool), -1)
-    waits = (problem.reads | meets) & is_earlier
-    # In the next step a call waits for what shares its devices or trains its role.
-    trains = problem.home[:, None] == calls[None]
-    again = meets | trains
-    ends = jnp.zeros(count)
-    last = jnp.zeros(())
-    begins = ends
-    for _ in range(STEPS):
-        before = jnp.where(again, ends[None], 0.0).max(axis=1)
-        new, begins = jnp.zeros(count), []
-        for index in range(count):
-            begin = jnp.maximum(before[index], jnp.where(waits[index], new, 0.0).max())
-            begins.append(begin)
-            new = new.at[index].set(begin + seconds[index])
-        begins = jnp.stack(begins)
-        last, ends, period = new.max(), new, new.max() - last
-    offset = last - period
+@jax.jit
+def _price(problem: Problem, plans: Int[Array, "P C"]) -> Priced:
+    # Below, plans are the last axis: what is said of a call is a row.
+    chosen = _choose(problem, plans.T)
+    copies = jnp.where(chosen.makes, _copy_seconds(problem, chosen), 0.0)
+    early, late = _memory(problem, chosen, True), _memory(problem, chosen, False)
+    is_early = early <= problem.memory_bytes
+    period, begin, end, copy_end = _clock(problem, chosen, copies, is_early)
     return Priced(
         seconds=period,
-        memory_bytes=_memory(chosen, copies),
-        begin=begins - offset,
-        end=ends - offset,
-        copy_seconds=copies,
+        memory_bytes=jnp.where(is_early, early, late),
+        begin=begin.T,
+        end=end.T,
+        copy_begin=(copy_end - copies).T,
+        copy_end=copy_end.T,
+        copy_seconds=copies.T,
+        is_early=is_early,
     )
 
 
-def _copy_seconds(problem: Problem, chosen: Options) -> Float[Array, "C"]:
-    """Return the seconds of the copy of parameters before each call.
+class _Chosen(NamedTuple):
+    """The options of plans, and how they lie to each other.
 
-    A device receives its whole part: what it had of another layout is at most a share
-    of it, and for some devices nothing. Sources share what is sent.
+    Attributes:
+        options: of each call.
+        home: of the call where its role's parameters live.
+        meets: whether calls i and j share a device, or wait for each other anyhow.
+        makes: whether a call gets a copy of its own.
+        last: the last call that uses the copy which a call made.
     """
-    home = jax.tree.map(lambda x: x[problem.home], chosen)
-    is_same = (home.start == chosen.start) & (home.layout == chosen.layout)
-    sent = chosen.copy_bytes * chosen.size / home.size
-    moved = jnp.maximum(chosen.copy_bytes, sent)
-    first = jnp.minimum(home.start, chosen.start)
-    stop = jnp.maximum(home.start + home.size, chosen.start + chosen.size)
-    of_node = problem.devices_per_node
-    is_within = first // of_node == (stop - 1) // of_node
-    rate = jnp.where(is_within, problem.link, problem.network)
-    return jnp.where(is_same, 0.0, moved * rate + problem.hop_seconds)
+
+    options: Options
+    home: Options
+    meets: Bool[Array, "C C P"]
+    makes: Bool[Array, "C P"]
+    last: Int[Array, "C P"]
 
 
-def _memory(chosen: Options, copies: Float[Array, "C"]) -> Float[Array, ""]:
-    """Return the most bytes of a device."""
-    stop = chosen.start + chosen.size
+def _choose(problem: Problem, plans: Int[Array, "C P"]) -> _Chosen:
+    calls = jnp.arange(len(plans))
+    options = Options(*(jnp.take_along_axis(x, plans, 1) for x in problem.options))
+    home = jax.tree.map(lambda x: x[problem.home], options)
+    stop = options.start + options.size
+    meets = (options.start[:, None] < stop[None]) & (
+        options.start[None] < stop[:, None]
+    )
+    places = [options.start, options.size, *(getattr(options, axis) for axis in AXES)]
+    is_same = functools.reduce(jnp.logical_and, [x[:, None] == x[None] for x in places])
+    is_there = is_same[calls, problem.home] & ~problem.casts[:, None]
+    needs = ~is_there & (calls != problem.home)[:, None]
+    takes = problem.shares[:, :, None] & is_same & needs[:, None]
+    last = jnp.where(takes, calls[:, None, None], calls[None, :, None]).max(0)
+    return _Chosen(
+        options=options,
+        home=home,
+        meets=meets | problem.is_serial,
+        makes=needs & ~takes.any(1),
+        last=last,
+    )
+
+
+def _clock(
+    problem: Problem,
+    chosen: _Chosen,
+    copies: Float[Array, "C P"],
+    is_early: Bool[Array, "P"],
+) -> tuple[Array, Array, Array, Array]:
+    """Return seconds of a step, then begins, ends and ends of copies in the last."""
+    count = len(copies)
+    meets, makes, seconds = chosen.meets, chosen.makes, chosen.options.seconds
+    is_home = (problem.home == jnp.arange(count))[:, None]
+    reload = jnp.where(
+        is_home,
+        chosen.options.reload_seconds,
+        jnp.where(makes, problem.host * chosen.home.parked_bytes, 0.0),
+    )
+    # A copy takes the devices of both ends, and waits for what is issued for them.
+    touches = meets | meets[problem.home]
+    touched, joins = touches.swapaxes(0, 1), touches | touches[:, problem.home]
+    waits = problem.reads[:, :, None] | meets
+    makes_early, makes_late = makes & is_early[None], makes & ~is_early[None]
+
+    latest = lambda mask, times: jnp.where(mask, times[None], 0.0).max(1)
+
+    def step(last: tuple[Array, Array, Array], _) -> tuple[Any, Any]:
+        ends, ends_of_copies, stop = last
+        changed = ends + chosen.options.offload_seconds
+        # What the step before leaves free, and what of its role a call has at hand.
+        free = jnp.maximum(latest(meets, ends), ends[problem.home])
+        free = jnp.maximum(free, latest(touched, ends_of_copies))
+        both_free = latest(touches, ends)
+        both_free = jnp.maximum(both_free, latest(joins, ends_of_copies))
+        at_hand = changed[problem.home] + reload
+        copied: list[Array] = []
+        for i in range(count):
+            begin = _latest(both_free[i], joins[i], copied)
+            end = jnp.maximum(begin, at_hand[i]) + copies[i]
+            copied.append(_apart(jnp.where(makes_early[i], end, 0.0)))
+        begins, new = [], []
+        for i in range(count):
+            issued = _latest(_latest(both_free[i], joins[i], copied), touches[i], new)
+            late = issued + reload[i] + copies[i]
+            copied[i] = _apart(jnp.where(makes_late[i], late, copied[i]))
+            begin = _latest(_latest(free[i], waits[i], new), touched[i], copied)
+            ready = jnp.where(is_early, at_hand[i], issued + reload[i])
+            ready = jnp.where(is_home[i], ready, copied[i])
+            begins.append(_apart(jnp.maximum(begin, ready)))
+            new.append(_apart(begins[i] + seconds[i]))
+        ends, ends_of_copies = jnp.stack(new), jnp.stack(copied)
+        now = ends.max(0)
+        copied = [
+            jnp.where(m, c, b) for m, c, b in zip(makes, copied, begins, strict=True)
+        ]
+        found = (now - stop, jnp.stack(begins), ends, jnp.stack(copied), stop)
+        return (ends, ends_of_copies, now), found
+
+    zeros = jnp.zeros_like(copies)
+    start = (zeros, zeros, zeros[0])
+    _, found = jax.lax.scan(step, start, length=STEPS)
+    period, begin, end, copied, before = (x[-1] for x in found)
+    return period, *(x - before[None] for x in (begin, end, copied))
+
+
+def _latest(time: Array, mask: Bool[Array, "C P"], times: Sequence[Array]) -> Array:
+    """Return the latest of a time and those of some of the first calls."""
+    for is_one, other in zip(mask, times, strict=False):
+        time = jnp.maximum(time, jnp.where(is_one, other, 0.0))
+    return time
+
+
+def _apart(x: Array) -> Array:
+    """Keep the compiler from working it out anew for each of its many readers."""
+    return jax.lax.optimization_barrier(x)
+
+
+def _copy_seconds(problem: Problem, chosen: _Chosen) -> Float[Array, "C P"]:
+    """Return the seconds of the copy of parameters before each call."""
+    loads = copy_loads(chosen.home, chosen.options, problem.devices_per_node)
+    size = chosen.options.copy_bytes
+    shared = loads.across * problem.network + loads.within * problem.link
+    return size * (shared + 2 * problem.memory) + problem.hop_seconds
+
+
+class CopyLoads(NamedTuple):
+    """What the busiest device sends or receives, as shares of its part of the copy.
+
+    Attributes:
+        across: between nodes.
+        within: in a node.
+    """
+
+    across: Array
+    within: Array
+
+
+def copy_loads(source: Options, destination: Options, node: Array) -> CopyLoads:
+    """Return what a copy of parameters brings every device, as `realloc.routes` has it.
+
+    In closed form, for matrices, which are cut by all axes. A device keeps what it has
+    already of its new part. Of the rest, what is on no device of its node comes from
+    another, once for all of the node that need it.
+
+    Args:
+        source: ranges and strategies of where parameters lie.
+        destination: of where they shall lie.
+        node: devices of one.
+    """
+    is_joint = lambda unit: (
+        (source.start // unit <= (destination.start + destination.size - 1) // unit)
+        & (destination.start // unit <= (source.start + source.size - 1) // unit)
+    )
+    num_nodes = lambda options: -(-options.size // node)
+    both_nodes = jnp.minimum(num_nodes(source), num_nodes(destination))
+    both_nodes = jnp.where(is_joint(node), both_nodes, 0)
+    inside = both_nodes / num_nodes(destination)
+    device_share = jnp.ones_like(source.size, jnp.float32)
+    mean_share, node_share = device_share, device_share
+    source_stride, destination_stride = _strides(source), _strides(destination)
+    for axis in AXES:
+        have, want = getattr(source, axis), getattr(destination, axis)
+        is_aligned = (source_stride[axis] * have == destination_stride[axis] * want) | (
+            want == 1
+        )
+        in_node = jnp.clip(node // source_stride[axis], 1, have)
+        for_node = have // in_node
+        share = lambda parts, is_aligned=is_aligned, want=want: jnp.where(
+            parts == 1, 1.0, jnp.where(is_aligned, jnp.minimum(1.0, want / parts), 0.0)
+        )
+        device_share = device_share * share(have)
+        mean_share = mean_share / jnp.where(
+            is_aligned & (want > 1), jnp.maximum(have / want, 1.0), have
+        )
+        node_share = node_share * share(for_node)
+    # Of a node that has some of the source, and of those devices that do.
+    common = jnp.minimum(source.size, destination.size)
+    here = inside * destination.size
+    common = jnp.where(is_joint(1), common / jnp.maximum(here, 1), 0.0)
+    local = jnp.where(common * inside == 1, device_share, 0.0)
+    entering_here = jnp.where(inside > 0, 1.0 - node_share, 0.0)
+    most_entering = jnp.where(inside < 1, 1.0, entering_here)
+    mean_entering = inside * entering_here + (1 - inside)
+    parts_below = destination.tensor * destination.expert * destination.fsdp
+    data = destination.size // (parts_below * destination.stage)
+    sharing = jnp.clip(node // parts_below, 1, data)
+    received = jnp.maximum(
+        jnp.where(inside > 0, 1.0 - entering_here / sharing - local, 0.0),
+        jnp.where(inside < 1, 1.0 - 1.0 / sharing, 0.0),
+    )
+    # Sources share what is sent, and who got it from another node hands it on.
+    given = jnp.maximum(node_share - common * mean_share, 0.0)
+    of_node = lambda options: jnp.minimum(options.size, node)
+    fold_here = of_node(destination) / of_node(source)
+    given = jnp.where(inside > 0, given * fold_here, 0.0)
+    handed_on = most_entering * (sharing - 1) / sharing
+    fold = destination.size / source.size
+    return CopyLoads(
+        across=jnp.maximum(most_entering, mean_entering * fold) / sharing,
+        within=jnp.maximum(jnp.maximum(received, given), handed_on),
+    )
+
+
+def _strides(options: Options) -> dict[str, Array]:
+    """Return how far apart the devices of an axis are; see `parallel.mesh`."""
+    return {
+        "tensor": jnp.ones_like(options.tensor),
+        "expert": options.tensor,
+        "fsdp": options.tensor * options.expert,
+        "stage": options.size // options.stage,
+    }
+
+
+def _memory(problem: Problem, chosen: _Chosen, is_early: bool) -> Float[Array, "P"]:
+    """Return the most bytes of a device at any moment of a step.
+
+    Args:
+        problem: calls.
+        chosen: plans.
+        is_early: whether all copies are there from the beginning of the step.
+    """
+    options, count = chosen.options, len(chosen.last)
+    stop = options.start + options.size
+    made = jnp.where(chosen.makes, options.copy_bytes, 0.0)
+    parked = jnp.where(chosen.makes, chosen.home.parked_bytes, 0.0)
     # around[i, j]: the range of call j contains that of call i.
-    around = (chosen.start[None] <= chosen.start[:, None]) & (
+    around = (options.start[None] <= options.start[:, None]) & (
         stop[:, None] <= stop[None]
     )
-    static = jnp.where(around, chosen.static_bytes[None], 0.0).sum(axis=1)
-    working = chosen.working_bytes + jnp.where(copies > 0, chosen.copy_bytes, 0.0)
-    return (static + jnp.where(around, working[None], 0.0).max(axis=1)).max()
+    static = jnp.where(around, options.static_bytes[None], 0.0).sum(1)
+    working = jnp.where(around, options.working_bytes[None], 0.0)
+    copying = jnp.where(around[:, problem.home], parked[None], 0.0)
+    of_copies = jnp.where(around, made[None], 0.0)
+    most = jnp.zeros_like(static[0])
+    for moment in range(count):
+        # Copies that are there while this call runs.
+        is_there = chosen.last >= moment
+        if not is_early:
+            is_there &= (jnp.arange(count) <= moment)[:, None]
+        held = static + jnp.where(is_there[None], of_copies, 0.0).sum(1)
+        held += jnp.maximum(working[:, moment], copying[:, moment])
+        most = jnp.maximum(most, held.max(0))
+    return most

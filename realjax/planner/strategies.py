@@ -33,15 +33,23 @@ class Rules:
         smallest_range: devices that a call has at least.
         generates_in_stages: also where a call generates; every stage then waits for the
             others at every token, and no run takes such a plan.
+        varies: whether the rows of microbatches and what is computed anew are part of
+            an option.
+        offloads: whether waiting in host memory is, if they are.
     """
 
     axes: tuple[str, ...] = AXES
     smallest_range: int = 1
     generates_in_stages: bool = False
+    varies: bool = True
+    offloads: bool = True
 
 
 REAL = Rules(
-    axes=("data", "tensor", "stage"), smallest_range=4, generates_in_stages=True
+    axes=("data", "tensor", "stage"),
+    smallest_range=4,
+    generates_in_stages=True,
+    varies=False,
 )
 """Those of ReaL's search: halves of a node of 8 or whole nodes, and its three axes."""
 

@@ -16,7 +16,7 @@ from realjax.planner.heuristic import template_plan, templates
 from realjax.planner.memory import Work
 from realjax.planner.simulate import price
 from realjax.planner.space import Lengths, make_space
-from realjax.planner.strategies import REAL
+from realjax.planner.strategies import REAL, Rules
 from realjax.rl import Sampling
 
 
@@ -113,10 +113,11 @@ def test_the_template_of_a_run_is_the_faster_one():
 
 
 def test_with_little_memory_parameters_are_cut():
-    roomy = space_of("4xh100")
+    rules = Rules(varies=False)
+    roomy = space_of("4xh100", rules=rules)
     divided = templates(roomy)[1]
     assert {p.fsdp for p in roomy.chosen(divided.plan).values()} == {1}
-    tight = space_of("4xh100", memory=0.9 * divided.memory_bytes)
+    tight = space_of("4xh100", rules=rules, memory=0.9 * divided.memory_bytes)
     again = templates(tight)[1]
     assert again.is_fitting
     assert tight.chosen(again.plan)["train_critic"].fsdp == 2
