@@ -13,177 +13,130 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from pallas_kernels.testing import aot
+from realjax.bench import environment
 from realjax.bench.memory_pairs import PAIRS, Pair
-from realjax.functions.role import Role
-from realjax.planner.memory import Work, call_bytes
-from realjax.runtime.described import (
-    described_model,
-    described_programs,
-    described_size,
-    described_widths,
+from realjax.planner.cluster import Cluster
+from realjax.runtime.confirming import (
+    CompiledProgram,
+    Confirmation,
+    compiled_calls,
+    predicted_bytes,
 )
-from realjax.runtime.run import make_graph
+from realjax.runtime.planning import described_setting
 
 GIB = 2**30
+MACHINE, CLUSTER = "h200x8", "8xh200"
 
 
-def compiled(pair: Pair, machine: aot.Machine) -> dict[str, Any]:
-    """Return the bytes of each program of a pair, compiled.
+def compiled(pair: Pair, machine: aot.Machine) -> tuple[CompiledProgram, ...]:
+    """Compile the programs of a pair.
 
     Args:
         pair: what to compile.
         machine: eight devices.
     """
-    plan, found = pair.plan(make_graph(pair.config)), {}
-    for part in described_programs(pair.config, machine, (pair.call,), plan):
-        report = part.compile()
-        beside = sum(
-            leaf.dtype.itemsize * _size(leaf.sharding.shard_shape(leaf.shape))
-            for leaf in jax.tree.leaves(part.beside)
-        )
-        found[part.name] = {
-            "beside_bytes": beside,
-            "argument_bytes": report.argument_bytes,
-            "new_bytes": report.output_bytes - report.alias_bytes,
-            "temporary_bytes": report.temporary_bytes,
-            "arrays": [
-                f"{array.shape} {array.num_bytes / GIB:.3f}" for array in report.arrays
-            ],
-        }
-    return found
+    ((_, programs),) = compiled_calls(pair.config, pair.plan, machine, (pair.call,))
+    return programs
 
 
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
-def predicted(pair: Pair) -> dict[str, int]:
-    """Return the bytes of a pair as the planner counts them.
-
-    Args:
-        pair: whose.
-    """
-    config = pair.config
-    graph = make_graph(config)
-    role = graph.calls[pair.call].role
-    assert role is not None  # Others are not among the pairs.
-    model = described_model(config, graph, role)
-    roles = {
-        name: Role(
-            name=name,
-            config=config.roles[name],
-            model=model if name == role else described_model(config, graph, name),
-            eos_ids=model.eos_ids,
-            dtype="bfloat16",
-            is_trained=name in graph.trained_roles,
-        )
-        for name in graph.roles
-    }
-    prompt_width, width = described_widths(graph, config.data)
-    num_rows = described_size(config.data)
-    work = Work(num_rows=num_rows, width=width, prompt_width=prompt_width)
-    found = call_bytes(graph, pair.plan(graph), pair.call, roles, num_rows, work)
-    is_home = graph.calls[pair.call].changes_role
-    return {
-        "parameter_bytes": found.masters if is_home else found.copy,
-        "pool_bytes": found.pool,
-        "batch_bytes": found.batch,
-        "result_bytes": found.working - found.temporary,
-        "temporary_bytes": found.temporary,
-    }
-
-
-def compared(pair: Pair, programs: dict[str, Any]) -> dict[str, Any]:
-    """Return peaks and temporaries of a pair, predicted and compiled.
+def compared(pair: Pair, programs: Sequence[CompiledProgram]) -> Confirmation:
+    """Put what the planner counts beside what was compiled.
 
     Args:
         pair: whose.
         programs: from `compiled`.
     """
-    expected = predicted(pair)
-    of_program = lambda p: sum(p[name] for name in p if name != "arrays")
-    return {
-        "pair": str(pair),
-        "predicted_peak": sum(expected.values()),
-        "compiled_peak": max(of_program(p) for p in programs.values()),
-        "predicted_temporary": expected["temporary_bytes"],
-        "compiled_temporary": max(p["temporary_bytes"] for p in programs.values()),
-        "predicted": expected,
-        "programs": programs,
-    }
+    setting = described_setting(pair.config, Cluster.load(CLUSTER))
+    return Confirmation(
+        call=pair.call,
+        allocation=pair.allocation,
+        predicted=predicted_bytes(pair.plan, setting, pair.call),
+        is_home=setting.graph.calls[pair.call].changes_role,
+        programs=tuple(programs),
+    )
 
 
-def error_of(row: dict[str, Any], name: str) -> float:
-    """Return how far a prediction is from what was compiled, as a share of that.
+def errors(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Return how far the predictions of peak and temporaries are off, as shares.
 
     Args:
-        row: from `compared`.
-        name: "peak" or "temporary".
+        row: `Confirmation.as_dict`.
     """
-    return row[f"predicted_{name}"] / row[f"compiled_{name}"] - 1
+    return (
+        row["predicted_bytes"] / row["compiled_bytes"] - 1,
+        row["predicted_temporary_bytes"] / row["compiled_temporary_bytes"] - 1,
+    )
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return mean and worst errors of some pairs.
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean and the worst error of some pairs.
 
     Args:
-        rows: from `compared`.
+        rows: `Confirmation.as_dict` of each.
     """
+    of_peaks, of_temporaries = zip(*map(errors, rows), strict=True)
     found = {}
-    for name in ("peak", "temporary"):
-        errors = [abs(error_of(row, name)) for row in rows]
-        found |= {f"mean_{name}_error": sum(errors) / len(errors)}
-        found |= {f"worst_{name}_error": max(errors)}
+    for name, off in (("peak", of_peaks), ("temporary", of_temporaries)):
+        found[f"mean_{name}_error"] = sum(map(abs, off)) / len(off)
+        found[f"worst_{name}_error"] = max(map(abs, off))
     return found
 
 
-def line_of(row: dict[str, Any]) -> str:
-    """Return a row of the table."""
-    cells = [row["pair"]]
-    for name in ("peak", "temporary"):
-        cells += [f"{row[f'{kind}_{name}'] / GIB:.2f}" for kind in KINDS]
-        cells.append(f"{100 * error_of(row, name):+.0f} %")
-    return " | ".join(cells)
+def line_of(pair: Pair, row: Mapping[str, Any]) -> str:
+    """Return a row of a table in Markdown."""
+    numbers = []
+    for name, off in zip(("", "temporary_"), errors(row), strict=True):
+        numbers += [
+            f"{row[f'{kind}_{name}bytes'] / GIB:.2f}"
+            for kind in ("predicted", "compiled")
+        ]
+        numbers.append(f"{100 * off:+.0f} %")
+    return f"| {' | '.join((*pair.cells, *numbers))} |"
 
 
-KINDS = ("predicted", "compiled")
+HEADS = (
+    *("model", "call", "allocation", "rows", "remat"),
+    *("GiB predicted", "compiled", "error"),
+    *("temporaries predicted", "compiled", "error"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print a line a pair, then JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", default="", help="Numbers of pairs; '' is all.")
-    parser.add_argument("--gpus", default="h200x8", help="What to compile for.")
-    parser.add_argument("--compiled", default="", help="JSON of compiled programs.")
+    parser.add_argument(
+        "--compiled", default="", help="JSON of an earlier run; compiles what it lacks."
+    )
     options = parser.parse_args(arguments)
     numbers = [int(n) for n in options.pairs.split(",") if n] or range(len(PAIRS))
-    stored = {}
+    known: dict[str, Any] = {}
     if options.compiled:
         with open(options.compiled) as file:
-            stored = {row["pair"]: row["programs"] for row in json.load(file)["rows"]}
+            known = {row["pair"]: row for row in json.load(file)["rows"]}
     jax.config.update("jax_platforms", "cpu")
     # A program from the cache would not say what it needs.
     jax.config.update("jax_enable_compilation_cache", False)
     rows, start = [], time.perf_counter()
-    print("pair | GiB predicted | compiled | error | temporaries | compiled | error")
+    print(f"| {' | '.join(HEADS)} |\n{'|---' * len(HEADS)}|")
     for pair in (PAIRS[number] for number in numbers):
-        programs = stored.get(str(pair))
-        if programs is None:
-            programs = compiled(pair, aot.describe(options.gpus))
-        rows.append(compared(pair, programs))
-        print(line_of(rows[-1]), flush=True)
-    seconds = time.perf_counter() - start
-    found = {"gpus": options.gpus, "jax": jax.__version__, "seconds": round(seconds)}
-    print(json.dumps(found | summary(rows) | {"rows": rows}))
+        if str(pair) in known:
+            found = known[str(pair)]["programs"]
+            programs = [CompiledProgram(**program) for program in found]
+        else:
+            programs = compiled(pair, aot.describe(MACHINE))
+        row = compared(pair, programs).as_dict() | {"pair": str(pair)}
+        rows.append(row)
+        print(line_of(pair, row), flush=True)
+    found = {"machine": MACHINE, "seconds": round(time.perf_counter() - start)}
+    about = {name: environment.describe()[name] for name in ("jax", "commit")}
+    print(json.dumps(found | about | summary(rows) | {"rows": rows}))
     return 0
 
 

@@ -8,10 +8,10 @@ import dataclasses
 from typing import Any
 
 from realjax.data.datasets import DataConfig
-from realjax.dataflow.graph import DataflowGraph
 from realjax.dataflow.plan import CallPlan, ExecutionPlan, planned
 from realjax.functions.role import RoleConfig
 from realjax.parallel.allocation import Allocation
+from realjax.runtime.run import make_graph
 from realjax.runtime.run_config import RunConfig
 
 LLAMA: dict[str, Any] = {
@@ -65,9 +65,8 @@ class Pair:
     new: int = 1024
 
     def __str__(self):
-        """For tables."""
-        rest = f" {self.remat}" if self.remat else ""
-        return f"{self.model} {self.call} {self.allocation} {self.rows} rows{rest}"
+        """In one line."""
+        return " ".join(filter(None, self.cells))
 
     @property
     def config(self) -> RunConfig:
@@ -83,8 +82,15 @@ class Pair:
             ),
         )
 
-    def plan(self, graph: DataflowGraph) -> ExecutionPlan:
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Columns of a table."""
+        return (self.model, self.call, self.allocation, str(self.rows), self.remat)
+
+    @property
+    def plan(self) -> ExecutionPlan:
         """The plan of the call's run; the others are on one device."""
+        graph = make_graph(self.config)
         calls = {
             name: CallPlan(allocation=Allocation())
             for name, node in graph.calls.items()

@@ -3,10 +3,11 @@
     python -m realjax.cli.compile --config=configs/compile_llama_8b.py --for=h200x8
     python -m realjax.cli.compile --config=configs/ppo.py --for=a100x8 --calls=rollout
 
-Prints what every program needs on one device and how its parts talk to each other;
-last comes one line of JSON with all of it. Neither GPU, weights nor data are needed,
-but XLA's compiler for CUDA is: `make check-gpu-compile` puts it in .venv/aot, and
-PYTHONPATH=.venv/aot lets Python find it.
+The plan is the config's, searched for where it gives none. Prints what every program
+needs on one device and how its parts talk to each other; last comes one line of JSON
+with all of it. Neither GPU, weights nor data are needed, but XLA's compiler for CUDA
+is: `make check-gpu-compile` puts it in .venv/aot, and PYTHONPATH=.venv/aot lets Python
+find it.
 """
 
 import json
@@ -22,7 +23,9 @@ from absl import flags
 from pallas_kernels.testing import aot
 from realjax.cli import flags as cli_flags
 from realjax.core.config import to_dataclass
+from realjax.runtime.confirming import cluster_of
 from realjax.runtime.described import DescribedProgram, described_programs
+from realjax.runtime.planning import described_plan
 from realjax.runtime.run_config import RunConfig
 
 _GIB = 2**30
@@ -58,7 +61,9 @@ def main(values: flags.FlagValues) -> int:
     jax.config.update("jax_enable_compilation_cache", False)
     config = run_config(values.config.to_dict())
     console, found = rich.console.Console(stderr=True), []
-    for part in described_programs(config, machine, tuple(values.calls)):
+    plan = described_plan(config, cluster_of(machine))
+    console.print(plan.table())
+    for part in described_programs(config, machine, plan, tuple(values.calls)):
         with console.status(f"{part.call} {part.allocation}: {part.name}"):
             found.append((part, part.compile()))
     print_table(machine, found)

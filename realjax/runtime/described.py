@@ -1,6 +1,6 @@
 """A run on devices that are not there: its programs, and shapes of what they take.
 
-    for part in described_programs(config, describe("h200x8")):
+    for part in described_programs(config, describe("h200x8"), plan):
         report = part.compile()
 
 Nothing is loaded and nothing runs: models are their configs, batches are shapes. What
@@ -21,7 +21,7 @@ from realjax.core.arrays import PyTree
 from realjax.core.config import to_dataclass
 from realjax.data.datasets import DataConfig
 from realjax.dataflow.graph import DataflowGraph, ModelFunctionCall
-from realjax.dataflow.plan import ExecutionPlan, make_plan
+from realjax.dataflow.plan import ExecutionPlan
 from realjax.functions.function import INFERRED, Generate, Infer, Score, Train
 from realjax.functions.generate import GenerateProgram
 from realjax.functions.infer import InferProgram
@@ -52,9 +52,6 @@ from realjax.runtime.described_shapes import (
 from realjax.runtime.programs import SEQUENCES_PER_ROW
 from realjax.runtime.run import make_graph
 from realjax.runtime.run_config import RunConfig
-
-MICROBATCH_TOKENS = 16384
-"""Of a device, where the config does not say: what a run on GPUs takes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,17 +90,16 @@ class DescribedProgram:
 def described_programs(
     config: RunConfig,
     machine: aot.Machine,
+    plan: ExecutionPlan,
     calls: tuple[str, ...] = (),
-    plan: ExecutionPlan | None = None,
 ) -> Iterator[DescribedProgram]:
     """Make the programs of a run's calls, on described devices.
 
     Args:
         config: of the run. Roles without a path need `vocab_size` in their `model`.
         machine: the devices.
+        plan: of the run, its allocations within the devices.
         calls: which; empty means every call of a role.
-        plan: of the run, its allocations within the devices; None is what the config
-            says on as many.
 
     Raises:
         ValueError: a call that is not in the graph, or a model that is not known.
@@ -124,12 +120,9 @@ def described_programs(
 class _Described:
     """The batch of one step as shapes, and the programs that fill it."""
 
-    def __init__(
-        self, config: RunConfig, machine: aot.Machine, plan: ExecutionPlan | None
-    ):
-        self.config, self.machine = config, machine
+    def __init__(self, config: RunConfig, machine: aot.Machine, plan: ExecutionPlan):
+        self.config, self.machine, self.plan = config, machine, plan
         self.graph = make_graph(config)
-        self.plan = plan or described_plan(config, self.graph, len(machine.devices))
         self.models = {
             role: _model(config, self.graph, self.plan, role)
             for role in self.graph.roles
@@ -342,32 +335,6 @@ class _Described:
             "segment_ids": of_rows,
             "places": array((num_slots, self.width), jnp.int32),
         }
-
-
-def described_plan(
-    config: RunConfig, graph: DataflowGraph, num_devices: int
-) -> ExecutionPlan:
-    """Give the plan that a config asks for by its allocations.
-
-    Args:
-        config: of the run.
-        graph: of its algorithm.
-        num_devices: of the machine.
-    """
-    fits = num_devices >= config.allocations_devices
-    return make_plan(
-        graph,
-        num_devices=num_devices,
-        allocation=config.allocation,
-        allocations=config.allocations if fits else {},
-        rows=config.rows,
-        pages=config.pages,
-        kv_dtype=config.kv_dtype,
-        weights=config.weights,
-        role_weights={name: r.weights for name, r in config.roles.items()},
-        microbatch_tokens=config.microbatch_tokens or MICROBATCH_TOKENS * num_devices,
-        offloaded=[name for name, role in config.roles.items() if role.offload],
-    )
 
 
 def _model(

@@ -11,7 +11,9 @@ import pytest
 from pallas_kernels.testing import aot
 from realjax.cli import compile as cli
 from realjax.models.config import ModelConfig
+from realjax.runtime.confirming import cluster_of
 from realjax.runtime.described import described_programs
+from realjax.runtime.planning import described_plan
 from realjax.runtime.recipe import load_config
 from realjax.testing import TINY
 
@@ -27,6 +29,13 @@ def tiny(**overrides):
     return cli.run_config(values | overrides)
 
 
+def described(config, calls=()):
+    """Go over the programs of the plan that the config gives."""
+    machine = virtual_devices()
+    plan = described_plan(config, cluster_of(machine))
+    return described_programs(config, machine, plan, calls)
+
+
 def virtual_devices() -> aot.Machine:
     return aot.Machine("cpux8", tuple(jax.devices()))
 
@@ -38,7 +47,7 @@ def test_the_llama_8b_config_has_eight_billion_parameters():
 
 
 def test_every_call_gets_its_programs_and_the_batch_follows_the_graph():
-    parts = list(described_programs(tiny(allocation="f4t2"), virtual_devices()))
+    parts = list(described(tiny(allocation="f4t2")))
     assert [(part.call, part.name) for part in parts] == [
         ("rollout", "prefill"),
         ("rollout", "decode"),
@@ -63,9 +72,7 @@ def test_every_call_gets_its_programs_and_the_batch_follows_the_graph():
 
 
 def test_the_programs_are_those_that_the_devices_run():
-    (fill,) = described_programs(
-        tiny(allocation="d4t2"), virtual_devices(), ("reference",)
-    )
+    (fill,) = described(tiny(allocation="d4t2"), ("reference",))
     compiled = fill.function.lower(*fill.arguments).compile()
     assert compiled.memory_analysis().argument_size_in_bytes > 0
 
@@ -75,19 +82,19 @@ def test_the_programs_are_those_that_the_devices_run():
 def test_all_programs_lower(strategy):
     rollout = {"rollout": "f4t2"}  # Stages do not generate.
     config = tiny(allocation=strategy, allocations=rollout)
-    for part in described_programs(config, virtual_devices()):
+    for part in described(config):
         part.function.lower(*part.arguments)
 
 
 def test_a_call_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"'train' is no call of a role.*train_policy"):
-        list(described_programs(tiny(), virtual_devices(), ("train",)))
+        list(described(tiny(), ("train",)))
 
 
 def test_a_model_of_unknown_vocabulary_is_refused():
     values = load_config("configs/ppo.py:debug").to_dict()
     with pytest.raises(ValueError, match="has no path, and its model no vocab_size"):
-        list(described_programs(cli.run_config(values), virtual_devices()))
+        list(described(cli.run_config(values)))
 
 
 @pytest.mark.parametrize(
@@ -104,9 +111,7 @@ def test_devices_that_are_not_described_end_with_a_message(capsys, flag, message
 
 
 def test_json_holds_every_program_with_its_bytes():
-    (part,) = described_programs(
-        tiny(allocation="d8"), virtual_devices(), ("reference",)
-    )
+    (part,) = described(tiny(allocation="d8"), ("reference",))
     report = aot.Report(
         argument_bytes=1,
         output_bytes=2,
