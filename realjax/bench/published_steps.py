@@ -37,7 +37,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from realjax.algorithms import ppo
@@ -48,11 +47,18 @@ from realjax.models.config import ModelConfig
 from realjax.models.families import llama
 from realjax.parallel.allocation import Allocation
 from realjax.planner.cluster import Cluster
-from realjax.planner.cost import CallWork, Coefficients, Quantities, fit, quantities
+from realjax.planner.cost import (
+    DATA_SHEET,
+    CallWork,
+    Coefficients,
+    Quantities,
+    fit,
+    quantities,
+)
 from realjax.planner.heuristic import template_plan
 from realjax.planner.memory import Work
 from realjax.planner.search import search
-from realjax.planner.space import Lengths, Space, make_space
+from realjax.planner.space import Lengths, Space, make_space, table
 from realjax.planner.strategies import REAL, Rules
 from realjax.planner.symmetric import symmetric_plans
 from realjax.rl import Sampling
@@ -254,22 +260,21 @@ def reals_space(step: PublishedStep, coefficients: Coefficients) -> Space:
         ValueError: a call fits nowhere.
     """
     space = space_of(step, coefficients, REAL)
-    table = np.array(space.problem.options.seconds)
-    for index, (name, options) in enumerate(
-        zip(space.names, space.options, strict=True)
-    ):
-        price = functools.cache(
-            lambda allocation, name=name: coefficients.seconds(
-                reals_call(step, name, allocation)
-            )
-        )
-        for number, option in enumerate(options):
-            # The same wherever its devices are.
-            allocation = option.allocation
-            sizes = dataclasses.replace(allocation, devices=(), options=frozenset())
-            table[index, number] = price(sizes)
-    options = space.problem.options._replace(seconds=jnp.asarray(table))
-    return dataclasses.replace(space, problem=space.problem._replace(options=options))
+    found = []
+    for name, options in zip(space.names, space.options, strict=True):
+        shapes = {}
+        for size, of_size in options.shapes.items():
+            priced = []
+            for option in of_size:
+                needs = reals_call(step, name, option.allocation)
+                seconds = coefficients.seconds(needs)
+                priced.append(
+                    dataclasses.replace(option, quantities=needs, seconds=seconds)
+                )
+            shapes[size] = tuple(sorted(priced, key=lambda option: option.seconds))
+        found.append(dataclasses.replace(options, shapes=shapes))
+    problem = space.problem._replace(options=table(found))
+    return dataclasses.replace(space, options=tuple(found), problem=problem)
 
 
 def predict(
@@ -354,7 +359,7 @@ def fitted(rows: Sequence[tuple[PublishedStep, float]]) -> dict[str, Any]:
     sizes = [(step.policy, step.critic, step.gpus) for step, _ in rows]
     alone = _errors(steps, list(range(len(steps))))
     groups = _errors(steps, sizes)
-    found = fit(steps, trust=TRUST)
+    found = fit(steps, trust=TRUST, least=DATA_SHEET)
     return {
         "command": COMMAND,
         "source": "published_steps.json",
@@ -369,7 +374,8 @@ def _errors(steps: Sequence[tuple[Quantities, float]], keys: Sequence) -> list[f
     found = []
     for (needs, seconds), key in zip(steps, keys, strict=True):
         others = [s for s, k in zip(steps, keys, strict=True) if k != key]
-        found.append(fit(others, trust=TRUST).seconds(needs) / seconds - 1)
+        predicted = fit(others, trust=TRUST, least=DATA_SHEET).seconds(needs)
+        found.append(predicted / seconds - 1)
     return found
 
 

@@ -5,7 +5,7 @@
             + c_link     x bytes / (byte/s)       between devices of a node
             + c_network  x bytes / (byte/s)       between nodes
             + c_host     x bytes / (byte/s)       to and from host memory
-            + s_layer    x layers run while decoding
+            + s_layer    x layers run one after another
             + s_hop      x hand-overs between stages, and rounds of collectives
             + s_program  x programs launched
 
@@ -24,12 +24,23 @@ import numpy as np
 from realjax.models.config import ModelConfig
 from realjax.parallel.allocation import Allocation
 from realjax.planner.cluster import Cluster
+from realjax.rollout.scheduler import chunk_shapes
+from realjax.rollout.settings import Settings
 
 Kind = Literal["generate", "infer", "train"]
 
 # Bytes a parameter of an update of Adam reads and writes: parameter and two moments in
 # and out, and the gradient in, all float32.
 UPDATE_BYTES = 28
+# The same of adding a microbatch's gradient to the sum: two read, one written.
+ADD_BYTES = 12
+
+# Numbers of a layer that a forward pass writes and reads again, for a token: of the
+# hidden width by norms and sums, of each width that tensor cuts by what is between two
+# products. The backward pass does so twice: for what it finds and for its gradients.
+RESIDUAL_NUMBERS, CUT_NUMBERS = 10, 2
+
+_ENGINE = Settings(slots=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +95,7 @@ class Quantities(NamedTuple):
         link: seconds of its traffic between devices of a node.
         network: seconds of its traffic between nodes.
         host: seconds of its traffic with host memory.
-        layers: layers run one after another while decoding.
+        layers: layers run one after another, each by its own few programs of a device.
         hops: hand-overs between stages, and rounds of collectives.
         programs: programs launched one after another.
     """
@@ -118,7 +129,8 @@ class Coefficients:
         link: the same of links within a node.
         network: the same of those between nodes.
         host: the same of links to host memory.
-        layer_seconds: of a layer of one decode step beside its products and traffic.
+        layer_seconds: of a layer beside its products and traffic: of one decode step,
+            or of the forward pass of a microbatch.
         hop_seconds: of a hand-over between stages, or a round of a collective.
         program_seconds: of a program beside its work.
     """
@@ -151,9 +163,10 @@ def quantities(work: CallWork, allocation: Allocation, cluster: Cluster) -> Quan
         cluster: the machine.
     """
     model = _Model(work.model, allocation, work.itemsize)
-    if work.kind == "generate":
-        return _generate(work, model, cluster)
-    return _packed(work, model, cluster)
+    of_kind = _generate if work.kind == "generate" else _packed
+    # Where devices take turns, each waits for the others with all it does: products
+    # and copies, and also the rounds and launches, which threads of a core take up.
+    return of_kind(work, model, cluster).times(cluster.turns(allocation.size))
 
 
 class _Model:
@@ -171,6 +184,7 @@ class _Model:
         self.head = config.vocab_size * config.width if is_language else config.width
         self.embedding = config.vocab_size * config.width
         self.stage_layers = config.num_layers / allocation.stage
+        self.num_matrices = 4 + matrices
 
     @property
     def used(self) -> float:
@@ -204,6 +218,15 @@ class _Model:
         all_layers = self.config.num_layers * layer + self.head
         return self.itemsize * all_layers / (self.parts * self.allocation.expert)
 
+    def activation_bytes(self, num_tokens: float) -> float:
+        """Of hidden states that a forward pass writes and reads, on one device."""
+        config = self.config
+        heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+        mlp = self.top_k * self.mlp / config.width
+        cut = CUT_NUMBERS * (heads + mlp) / self.allocation.tensor
+        numbers = RESIDUAL_NUMBERS * config.width + cut
+        return self.itemsize * num_tokens * self.stage_layers * numbers
+
     def cache_bytes(self, num_tokens: float) -> float:
         """Of keys and values of some tokens, of this device's layers and heads."""
         tensor = self.allocation.tensor
@@ -216,7 +239,10 @@ def _generate(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
     allocation = model.allocation
     rows = work.num_rows / allocation.num_row_shards
     prompt = work.prompt_tokens
-    prefill = _forward(work, model, cluster, rows * prompt, prompt / 2, 1)
+    chunks, size = _chunks(rows, prompt)
+    prefill = Quantities()
+    if chunks:
+        prefill = _forward(work, model, cluster, chunks * size, prompt / 2, chunks)
     groups = min(allocation.stage, max(1, math.floor(rows)))
     slots = min(rows, work.slots or rows)
     # Slots are refilled as rows end; only the last rows leave some empty.
@@ -228,15 +254,15 @@ def _generate(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
     read = steps * groups * model.read_bytes(slots / groups)
     read += model.cache_bytes(tokens * context)
     flops = model.flops(tokens, context) / model.parts
-    sums = 2 * model.stage_layers * steps * groups if allocation.tensor > 1 else 0
+    rounds = _rounds(model) * model.stage_layers * steps * groups
     # Where fsdp or expert cut the weights, every step gathers those of all layers.
     gathered = steps * groups * _gather_bytes(model)
     decode = Quantities(
         products=flops / cluster.device.flops_per_second,
         memory=read / cluster.device.bytes_per_second,
         layers=steps * groups * model.stage_layers,
-        hops=sums + (steps * groups if allocation.stage > 1 else 0),
-        programs=steps,
+        hops=rounds + (steps * groups if allocation.stage > 1 else 0),
+        programs=steps / _ENGINE.steps,
     )
     hidden = tokens * model.config.width * model.itemsize
     decode = decode.plus(
@@ -245,16 +271,17 @@ def _generate(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
         )
     )
     decode = decode.plus(_sent(cluster, _row_span(allocation), gathered))
-    return prefill.plus(decode._replace(programs=1.0))
+    return prefill.plus(decode)
 
 
 def _packed(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
     allocation = model.allocation
     tokens = work.num_rows * work.length * work.num_epochs / allocation.num_row_shards
     context = work.length / 2
+    first = Quantities(programs=1.0)  # Makes what the others fill.
     if work.kind == "infer":
         passes = _num_microbatches(work, allocation, tokens)
-        return _forward(work, model, cluster, tokens, context, passes)
+        return _forward(work, model, cluster, tokens, context, passes).plus(first)
     updates = work.num_updates * work.num_epochs
     microbatches = updates * _num_microbatches(work, allocation, tokens / updates)
     forward = _forward(work, model, cluster, tokens, context, microbatches)
@@ -265,6 +292,8 @@ def _packed(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
     # Parameters are gathered again, and sums over tensor are as in the forward pass.
     backward = forward._replace(
         products=forward.products * (2 + again),
+        memory=forward.memory * (2 + again),
+        layers=forward.layers * (2 + again),
         link=forward.link * (1 + again),
         network=forward.network * (1 + again),
         hops=forward.hops * (1 + again),
@@ -272,15 +301,20 @@ def _packed(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
     )
     owned = model.stored / (model.parts * allocation.expert)
     cut = owned / allocation.fsdp
-    # float32 gradients: scattered over fsdp in every microbatch, then summed over data.
-    scattered = microbatches * 4 * owned * _kept_share(allocation.fsdp)
-    summed = updates * _reduced(allocation.data, 4 * cut)
+    # float32 gradients of every microbatch: scattered over fsdp, summed over data.
+    scattered = 4 * owned * _kept_share(allocation.fsdp)
+    summed = _reduced(allocation.data, 4 * cut)
+    # Gradients are added up in every tick.
+    _, ticks = _pipelined(work, allocation.stage, microbatches)
+    touched = ticks * ADD_BYTES + updates * UPDATE_BYTES
+    rounds = (allocation.fsdp > 1) * model.stage_layers + (allocation.data > 1)
     update = Quantities(
-        memory=updates * UPDATE_BYTES * cut / cluster.device.bytes_per_second,
-        hops=updates * (allocation.data > 1),
-        programs=updates,
+        memory=touched * cut / cluster.device.bytes_per_second,
+        hops=microbatches * model.num_matrices * rounds,
+        programs=2 * updates,
     )
-    gradients = _sent(cluster, _row_span(allocation), scattered + summed)
+    sent = microbatches * (scattered + summed)
+    gradients = _sent(cluster, _row_span(allocation), sent)
     return forward.plus(backward).plus(gradients).plus(update)
 
 
@@ -308,18 +342,20 @@ def _forward(
     if work.microbatch_tokens:
         # All have one shape, also one that is not full.
         tokens = passes * work.microbatch_tokens
-    pieces = work.pieces or passes
-    # The first and last stage idle while the pipeline fills and drains.
-    bubble = (pieces + stage - 1) / pieces
+    bubble, ticks = _pipelined(work, stage, passes)
     hidden = tokens * model.config.width * model.itemsize
     sums = 2 * model.stage_layers * _reduced(allocation.tensor, hidden)
     found = Quantities(
         products=bubble
         * model.flops(tokens, context)
         / (model.parts * cluster.device.flops_per_second),
-        hops=bubble
-        * max(passes, passes * work.pieces)
-        * (2 * model.stage_layers * (allocation.tensor > 1) + (stage > 1)),
+        memory=(
+            ticks * model.read_bytes(tokens / passes)
+            + bubble * model.activation_bytes(tokens)
+        )
+        / cluster.device.bytes_per_second,
+        layers=ticks * model.stage_layers,
+        hops=ticks * (_rounds(model) * model.stage_layers + (stage > 1)),
         programs=passes,
     )
     found = found.plus(_sent(cluster, allocation.tensor, bubble * sums))
@@ -337,12 +373,53 @@ def _forward(
     return found
 
 
+def _pipelined(work: CallWork, stage: int, passes: float) -> tuple[float, float]:
+    """Return how much longer than its own work a pipeline takes, and its ticks.
+
+    The first and last stage idle while it fills and drains. In a tick every stage goes
+    through its layers once; with one stage that is a microbatch.
+
+    Args:
+        work: of the call.
+        stage: stages.
+        passes: microbatches.
+    """
+    if stage > 1 and work.pieces:
+        ticks = work.pieces + stage - 1
+        return ticks / work.pieces, passes * ticks
+    return (passes + stage - 1) / passes, passes + stage - 1
+
+
 def _num_microbatches(work: CallWork, allocation: Allocation, tokens: float) -> float:
     if work.microbatch_tokens:
         return max(1.0, math.ceil(tokens / work.microbatch_tokens))
     if allocation.stage == 1:
         return 1.0
     return allocation.stage * (2.0 if work.kind == "train" else 1.0)
+
+
+def _chunks(rows: float, prompt: float) -> tuple[float, int]:
+    """Return the chunks in which a row shard's prompts are prefilled, and their size.
+
+    Chunks have few shapes, and the work of one that is not full is that of a full one.
+
+    Args:
+        rows: of the row shard.
+        prompt: tokens of each.
+    """
+    if not prompt:
+        return 0.0, 0
+    shapes = chunk_shapes(math.ceil(prompt), _ENGINE.chunk_tokens)
+    width = shapes[-1][0]
+    fitting = [count for size, count in shapes if size == width]
+    count = next((n for n in fitting if n >= rows), fitting[-1])
+    return math.ceil(rows / count) * math.ceil(prompt / width), width * count
+
+
+def _rounds(model: _Model) -> int:
+    """Return the rounds of collectives in a forward pass through one layer."""
+    gathers = model.num_matrices if model.allocation.fsdp > 1 else 0
+    return gathers + (2 if model.allocation.tensor > 1 else 0)
 
 
 def _gather_bytes(model: _Model) -> float:
@@ -374,13 +451,27 @@ def _sent(cluster: Cluster, span: int, num_bytes: float) -> Quantities:
     return Quantities(network=num_bytes / cluster.network_bytes_per_second)
 
 
+# What no device does better than. Those without a data sheet of their own may.
+DATA_SHEET = Coefficients(
+    products=1.0,
+    memory=1.0,
+    link=1.0,
+    network=1.0,
+    host=1.0,
+    layer_seconds=0.0,
+    hop_seconds=0.0,
+    program_seconds=0.0,
+)
+
+
 def fit(
     measured: Sequence[tuple[Quantities, float]],
     *,
     prior: Coefficients | None = None,
     trust: float = 0.05,
+    least: Coefficients | None = None,
 ) -> Coefficients:
-    """Find the coefficients that explain measured seconds, none below zero.
+    """Find the coefficients that explain measured seconds.
 
     Least squares of relative errors. What the measurements say nothing of keeps to the
     prior: a coefficient that is off by its own size costs as much as an error of
@@ -390,17 +481,19 @@ def fit(
         measured: what was done, and its seconds.
         prior: None is the default of `Coefficients`.
         trust: of the prior.
+        least: of each coefficient; None is 0, and `DATA_SHEET` that of real devices.
 
     Raises:
         ValueError: nothing was measured.
     """
-    from scipy.optimize import nnls  # JAX depends on SciPy.
+    from scipy.optimize import lsq_linear  # JAX depends on SciPy.
 
     if not measured:
         raise ValueError(
             "There are no measurements to fit coefficients to. Give at least one."
         )
     start = np.asarray(dataclasses.astuple(prior or Coefficients()))
+    bounds = np.zeros(len(start)) if least is None else dataclasses.astuple(least)
     rows = np.asarray([q for q, _ in measured], np.float64)
     seconds = np.asarray([s for _, s in measured], np.float64)
     # In units of the prior: every coefficient is about 1.
@@ -408,6 +501,7 @@ def fit(
     pull = trust * np.eye(len(start))
     system = np.concatenate([matrix, pull])
     wanted = np.concatenate([np.ones(len(seconds)), trust * np.ones(len(start))])
-    found, _ = nnls(system, wanted)
+    lower = np.asarray(bounds) / start
+    found = lsq_linear(system, wanted, (lower, np.inf), method="bvls").x
     names = [field.name for field in dataclasses.fields(Coefficients)]
     return Coefficients(**dict(zip(names, map(float, found * start), strict=True)))

@@ -9,6 +9,7 @@ from realjax.models.families import llama
 from realjax.parallel.allocation import Allocation
 from realjax.planner.cluster import Cluster
 from realjax.planner.cost import (
+    DATA_SHEET,
     CallWork,
     Coefficients,
     Quantities,
@@ -32,6 +33,10 @@ def test_a_fit_keeps_to_the_prior_where_nothing_was_measured():
     found = fit([(Quantities(products=1.0), 3.0)], trust=0.01)
     assert found.products == pytest.approx(3.0, rel=1e-3)
     assert found.network == pytest.approx(prior.network)
+    # No device does better than its data sheet.
+    quick = [(Quantities(products=1.0), 0.5)]
+    assert fit(quick, trust=1e-3).products == pytest.approx(0.5, rel=1e-3)
+    assert fit(quick, trust=1e-3, least=DATA_SHEET).products == 1.0
     with pytest.raises(ValueError, match="no measurements"):
         fit([])
 
@@ -74,15 +79,35 @@ def test_devices_share_the_products():
     assert train("s2").products == pytest.approx(whole / 2 * 5 / 4)
 
 
+def test_a_pipeline_reads_its_weights_in_every_tick():
+    # Two microbatches of a row shard, each in 4 pieces through 2 stages: 5 ticks.
+    work = {"microbatch_tokens": 128 * 1024, "pieces": 4}
+    found = train("s2", **work)
+    assert found.products == pytest.approx(train("d1").products / 2 * 5 / 4)
+    # Forward, and twice as much backward; half of 32 layers.
+    assert found.layers == 3 * 2 * 5 * 16
+    assert found.hops == 2 * 2 * 5  # There, and back.
+    # With one stage there is nothing to cut for.
+    assert train("d1", **work) == train("d1", microbatch_tokens=128 * 1024)
+
+
+def test_devices_that_take_turns_take_as_many_times_as_long():
+    alone = train("d8")
+    shared = dataclasses.replace(CLUSTER, concurrent_devices=2)
+    assert train("d8", cluster=shared) == pytest.approx(alone.times(4))
+    assert train("d2", cluster=shared) == pytest.approx(train("d2"))
+    assert train("d1", cluster=shared) == train("d1")
+
+
 def test_each_axis_sends_what_it_must():
     config = llama.size("3.1-8b")
     assert train("d1").link == 0
-    # float32 gradients once around the ring, whatever the number of microbatches.
+    # float32 gradients around the ring, of every microbatch.
     matrices = config.num_parameters - (2 * 32 + 1) * 4096
     rate = CLUSTER.link_bytes_per_second
     once = 2 * 7 / 8 * 4 * matrices / rate
     assert train("d8").link == pytest.approx(once, rel=1e-6)
-    assert train("d8", microbatch_tokens=4096).link == pytest.approx(once, rel=1e-6)
+    assert train("d8", microbatch_tokens=4096).link == pytest.approx(8 * once)
     # Parameters gathered forward and backward, and gradients scattered, in each.
     pieces = (2 + 2 + 4) * 7 / 8 * matrices / rate
     assert train("f8").link == pytest.approx(pieces, rel=1e-6)
@@ -125,9 +150,19 @@ def test_slots_are_refilled():
     assert longer.layers == (400 + 200) * 32
 
 
+def test_prompts_are_prefilled_in_whole_chunks():
+    # 64 rows of 100 tokens in chunks of 4 x 128; one row alone has its own shape.
+    prompts = {"prompt_tokens": 100, "new_tokens": 0, "most_new_tokens": 0}
+    assert generate("d1", **prompts).programs == 16
+    assert generate("d8", **prompts).programs == 2
+    one, four = (generate("d1", num_rows=n, **prompts) for n in (1, 4))
+    assert one.products == pytest.approx(four.products / 4)
+    assert generate("d1", num_rows=2, **prompts) == four
+
+
 def test_stages_that_generate_read_their_weights_for_every_group():
     one, two = generate("s1"), generate("s2")
     # Half the layers, for two groups of rows: nothing is won.
     assert two.layers == one.layers
-    # Two a token, and the prompts pass two stages.
-    assert two.hops == 202
+    # Two a token.
+    assert two.hops == 200
