@@ -20,17 +20,14 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from realjax.functions.function import Generate, Infer, Train
 from realjax.parallel.allocation import Allocation
-from realjax.planner.simulate import price
+from realjax.planner.options import CallOptions
 from realjax.planner.space import Space
 from realjax.planner.strategies import AXES, Range
-
-_OTHER_DEVICES = 1000
-"""Steps between strategies that other devices than those wanted count for."""
+from realjax.planner.variants import best_variants
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,9 +70,8 @@ def template_plan(space: Space) -> tuple[tuple[int, ...], float] | None:
 def templates(space: Space) -> list[Template]:
     """Return both templates as plans.
 
-    A plan that does not fit is tried again with the options of the same strategies that
-    take the least memory, then with fsdp in the place of data where calls train, then
-    everywhere.
+    What allocations leave open is chosen by `best_variants`. A plan that does not fit
+    is tried again with fsdp in the place of data where calls train, then everywhere.
 
     Args:
         space: of all plans.
@@ -90,12 +86,8 @@ class _Machine:
 
     def __init__(self, space: Space):
         self.space = space
-        self.num_devices = max(
-            option.allocation.devices[-1] + 1
-            for options in space.options
-            for option in options
-        )
-        self.of_node = min(int(space.problem.devices_per_node), self.num_devices)
+        self.num_devices = space.cluster.num_devices
+        self.of_node = space.cluster.devices_per_node
 
     def sequential(self) -> dict[str, Allocation]:
         """Give every call all devices, tensor over a node and stages over nodes."""
@@ -166,34 +158,29 @@ def _nearest_plan(
     """Return the plan nearest to what a template wants that fits, or does not."""
     cut = {call: _with_fsdp(allocation) for call, allocation in wanted.items()}
     trained = {call: cut[call] for call in cut if space.graph.calls[call].is_training}
-    tries = []
-    for wish, is_small in (
-        (wanted, False),
-        (wanted, True),
-        ({**wanted, **trained}, True),
-        (cut, True),
-    ):
-        tries.append(
+    found = best_variants(
+        space,
+        [
             [
-                _nearest_option(space, index, wish[call], is_small=is_small)
-                for index, call in enumerate(space.names)
+                _nearest_options(options, wish[call])
+                for call, options in zip(space.names, space.options, strict=True)
             ]
-        )
-    found = price(space.problem, jnp.asarray(tries))
-    fits = np.asarray(found.memory_bytes) <= float(space.problem.memory_bytes)
+            for wish in (wanted, {**wanted, **trained}, cut)
+        ],
+    )
     # The first that fits; if none does, the one that takes least.
-    number = int(fits.argmax() if fits.any() else np.argmin(found.memory_bytes))
-    plan = tuple(tries[number])
+    fits, memory = found.fits, found.memory_bytes
+    number = int(fits.argmax() if fits.any() else np.argmin(memory))
     notes = []
-    for call, taken in space.chosen(plan).items():
+    for call, taken in space.chosen(found.plans[number]).items():
         wish = wanted[call]
         if (taken.strategy, taken.devices) != (wish.strategy, wish.devices):
             notes.append(f"{call} takes {taken}; the template wants {wish}")
     return Template(
         name=name,
-        plan=plan,
+        plan=found.plans[number],
         seconds=float(found.seconds[number]),
-        memory_bytes=float(found.memory_bytes[number]),
+        memory_bytes=float(memory[number]),
         is_fitting=bool(fits[number]),
         notes=tuple(notes),
     )
@@ -204,43 +191,33 @@ def _with_fsdp(allocation: Allocation) -> Allocation:
     return dataclasses.replace(allocation, data=1, fsdp=fsdp)
 
 
-def _nearest_option(
-    space: Space, index: int, wanted: Allocation, *, is_small: bool
-) -> int:
-    """Return the number of the option nearest to what is wanted; the fastest of those.
+def _nearest_options(options: CallOptions, wanted: Allocation) -> list[int]:
+    """Return the numbers of the options with the allocation nearest to one.
 
     Args:
-        space: of all plans.
-        index: of the call.
+        options: of the call.
         wanted: devices and strategy.
-        is_small: takes the one of least memory instead.
     """
-    table = space.problem.options
-    memory = np.asarray(table.static_bytes[index] + table.working_bytes[index])
-    seconds = np.asarray(table.seconds[index])
-    first, second = (memory, seconds) if is_small else (seconds, memory)
-    options = space.options[index]
-    return min(
-        range(len(options)),
-        key=lambda number: (
-            _distance(options[number].allocation, wanted),
-            *(first[number], second[number], number),
-        ),
+    first, stop = wanted.devices[0], wanted.devices[-1] + 1
+
+    def away(place: Range) -> tuple[bool, int, int]:
+        """Order ranges: those around the wanted one first, the smallest before all."""
+        is_around = place[0] <= first and stop <= place[0] + place[1]
+        return not is_around, abs(place[1] - wanted.size), abs(place[0] - first)
+
+    places = [place for place in options.places if options.shapes[place[1]]]
+    numbers = options.numbers(min(places, key=away))
+    nearest = min(
+        (options[number].allocation for number in numbers),
+        # Of those that are as near, the one with the fastest option: it comes first.
+        key=lambda allocation: _distance(allocation, wanted),
     )
+    return [n for n in numbers if options[n].allocation.strategy == nearest.strategy]
 
 
 def _distance(allocation: Allocation, wanted: Allocation) -> float:
-    """Count doublings and halvings between two allocations; other devices are far."""
-    away = float(
-        sum(
-            abs(math.log2(getattr(allocation, axis) / getattr(wanted, axis)))
-            for axis in AXES
-        )
+    """Count the doublings and halvings between two strategies."""
+    return sum(
+        abs(math.log2(getattr(allocation, axis) / getattr(wanted, axis)))
+        for axis in AXES
     )
-    if allocation.devices == wanted.devices:
-        return away
-    away += _OTHER_DEVICES * (1 + abs(math.log2(allocation.size / wanted.size)))
-    # A range around the one that is wanted is nearer than any other.
-    first, last = allocation.devices[0], allocation.devices[-1]
-    is_around = first <= wanted.devices[0] and wanted.devices[-1] <= last
-    return away if is_around else away + _OTHER_DEVICES

@@ -1,58 +1,14 @@
 """Tests of `realjax/planner/heuristic.py`: ReaL's templates on machines not here."""
 
-import dataclasses
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from realjax.algorithms import ppo, sft
-from realjax.functions.role import Role, RoleConfig
-from realjax.models.families import llama
-from realjax.planner.cluster import Cluster
-from realjax.planner.cost import Coefficients
+from realjax.algorithms import sft
 from realjax.planner.heuristic import template_plan, templates
-from realjax.planner.memory import Work
 from realjax.planner.simulate import price
-from realjax.planner.space import Lengths, make_space
 from realjax.planner.strategies import REAL, Rules
-from realjax.rl import Sampling
-
-
-@functools.cache
-def space_of(cluster, algorithm=ppo, rules=None, memory=None, **changes):
-    graph = algorithm.graph(
-        ppo.PPO(sampling=Sampling(max_new_tokens=256), minibatches=4)
-        if algorithm is ppo
-        else algorithm.HYPERPARAMETERS()
-    )
-    roles = {}
-    for name in graph.roles:
-        head = "scalar" if name in ("reward", "critic") else "language"
-        model = dataclasses.replace(llama.size("3.2-1b"), head=head)
-        roles[name] = Role(
-            name=name,
-            config=RoleConfig(),
-            model=dataclasses.replace(model, **changes),
-            eos_ids=(2,),
-            dtype="bfloat16",
-            is_trained=name in graph.trained_roles,
-        )
-    machine = Cluster.load(cluster)
-    if memory is not None:
-        device = dataclasses.replace(machine.device, memory_bytes=int(memory))
-        machine = dataclasses.replace(machine, device=device)
-    return make_space(
-        graph,
-        roles,
-        Work(num_rows=64, width=512, prompt_width=256),
-        Lengths(prompt_tokens=256, new_tokens=256, most_new_tokens=256),
-        machine,
-        Coefficients(),
-        microbatch_tokens=8192,
-        rules=rules,
-    )
+from tests.planner.plan_spaces import space_of
 
 
 def strings(space, found):
