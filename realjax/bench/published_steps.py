@@ -47,14 +47,8 @@ from realjax.models.config import ModelConfig
 from realjax.models.families import llama
 from realjax.parallel.allocation import Allocation
 from realjax.planner.cluster import Cluster
-from realjax.planner.cost import (
-    DATA_SHEET,
-    CallWork,
-    Coefficients,
-    Quantities,
-    fit,
-    quantities,
-)
+from realjax.planner.coefficients import DATA_SHEET, fit
+from realjax.planner.cost import CallWork, Coefficients, Quantities, quantities
 from realjax.planner.heuristic import template_plan
 from realjax.planner.memory import Work
 from realjax.planner.search import search

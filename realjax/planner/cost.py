@@ -11,15 +11,12 @@
 
 The first factor of each line is one of eight `Coefficients`; the rest, `Quantities`,
 follows from the model, the lengths and the strategy. As the sum is linear, a few
-measured calls or steps are enough to find the coefficients (`fit`).
+measured calls or steps are enough to find the coefficients (`coefficients.fit`).
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
-
-import numpy as np
 
 from realjax.models.config import ModelConfig
 from realjax.parallel.allocation import Allocation
@@ -449,59 +446,3 @@ def _sent(cluster: Cluster, span: int, num_bytes: float) -> Quantities:
     if span <= cluster.devices_per_node:
         return Quantities(link=num_bytes / cluster.link_bytes_per_second)
     return Quantities(network=num_bytes / cluster.network_bytes_per_second)
-
-
-# What no device does better than. Those without a data sheet of their own may.
-DATA_SHEET = Coefficients(
-    products=1.0,
-    memory=1.0,
-    link=1.0,
-    network=1.0,
-    host=1.0,
-    layer_seconds=0.0,
-    hop_seconds=0.0,
-    program_seconds=0.0,
-)
-
-
-def fit(
-    measured: Sequence[tuple[Quantities, float]],
-    *,
-    prior: Coefficients | None = None,
-    trust: float = 0.05,
-    least: Coefficients | None = None,
-) -> Coefficients:
-    """Find the coefficients that explain measured seconds.
-
-    Least squares of relative errors. What the measurements say nothing of keeps to the
-    prior: a coefficient that is off by its own size costs as much as an error of
-    `trust` in one measurement.
-
-    Args:
-        measured: what was done, and its seconds.
-        prior: None is the default of `Coefficients`.
-        trust: of the prior.
-        least: of each coefficient; None is 0, and `DATA_SHEET` that of real devices.
-
-    Raises:
-        ValueError: nothing was measured.
-    """
-    from scipy.optimize import lsq_linear  # JAX depends on SciPy.
-
-    if not measured:
-        raise ValueError(
-            "There are no measurements to fit coefficients to. Give at least one."
-        )
-    start = np.asarray(dataclasses.astuple(prior or Coefficients()))
-    bounds = np.zeros(len(start)) if least is None else dataclasses.astuple(least)
-    rows = np.asarray([q for q, _ in measured], np.float64)
-    seconds = np.asarray([s for _, s in measured], np.float64)
-    # In units of the prior: every coefficient is about 1.
-    matrix = rows * start / seconds[:, None]
-    pull = trust * np.eye(len(start))
-    system = np.concatenate([matrix, pull])
-    wanted = np.concatenate([np.ones(len(seconds)), trust * np.ones(len(start))])
-    lower = np.asarray(bounds) / start
-    found = lsq_linear(system, wanted, (lower, np.inf), method="bvls").x
-    names = [field.name for field in dataclasses.fields(Coefficients)]
-    return Coefficients(**dict(zip(names, map(float, found * start), strict=True)))

@@ -1,45 +1,14 @@
 """Tests of `realjax/planner/cost.py`."""
 
 import dataclasses
+import functools
 
-import numpy as np
 import pytest
 
 from realjax.models.families import llama
 from realjax.parallel.allocation import Allocation
 from realjax.planner.cluster import Cluster
-from realjax.planner.cost import (
-    DATA_SHEET,
-    CallWork,
-    Coefficients,
-    Quantities,
-    fit,
-    quantities,
-)
-
-
-def test_a_fit_finds_the_coefficients_that_made_the_seconds():
-    generator = np.random.default_rng(0)
-    truth = Coefficients(products=2.5, layer_seconds=1e-4)
-    units = 1 / np.asarray(dataclasses.astuple(truth))
-    needs = [Quantities(*(units * generator.random(8))) for _ in range(40)]
-    found = fit([(q, truth.seconds(q)) for q in needs], trust=1e-6)
-    for name, value in dataclasses.asdict(truth).items():
-        assert getattr(found, name) == pytest.approx(value, rel=1e-4)
-
-
-def test_a_fit_keeps_to_the_prior_where_nothing_was_measured():
-    prior = Coefficients()
-    found = fit([(Quantities(products=1.0), 3.0)], trust=0.01)
-    assert found.products == pytest.approx(3.0, rel=1e-3)
-    assert found.network == pytest.approx(prior.network)
-    # No device does better than its data sheet.
-    quick = [(Quantities(products=1.0), 0.5)]
-    assert fit(quick, trust=1e-3).products == pytest.approx(0.5, rel=1e-3)
-    assert fit(quick, trust=1e-3, least=DATA_SHEET).products == 1.0
-    with pytest.raises(ValueError, match="no measurements"):
-        fit([])
-
+from realjax.planner.cost import CallWork, quantities
 
 CLUSTER = Cluster.load("8xh100")
 
@@ -81,14 +50,14 @@ def test_devices_share_the_products():
 
 def test_a_pipeline_reads_its_weights_in_every_tick():
     # Two microbatches of a row shard, each in 4 pieces through 2 stages: 5 ticks.
-    work = {"microbatch_tokens": 128 * 1024, "pieces": 4}
-    found = train("s2", **work)
+    train_in_pieces = functools.partial(train, microbatch_tokens=128 * 1024, pieces=4)
+    found = train_in_pieces("s2")
     assert found.products == pytest.approx(train("d1").products / 2 * 5 / 4)
     # Forward, and twice as much backward; half of 32 layers.
     assert found.layers == 3 * 2 * 5 * 16
     assert found.hops == 2 * 2 * 5  # There, and back.
     # With one stage there is nothing to cut for.
-    assert train("d1", **work) == train("d1", microbatch_tokens=128 * 1024)
+    assert train_in_pieces("d1") == train("d1", microbatch_tokens=128 * 1024)
 
 
 def test_devices_that_take_turns_take_as_many_times_as_long():
