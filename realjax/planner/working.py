@@ -5,13 +5,13 @@ anything.
 """
 
 import dataclasses
-import functools
 import math
 from typing import NamedTuple
 
 import jax
 
 from pallas_kernels.paged_attention.reference import MOST_SCORES
+from realjax.dataflow.graph import ModelFunctionCall
 from realjax.dataflow.plan import ExecutionPlan
 from realjax.dataflow.schedule import Place
 from realjax.functions.function import Generate, Train
@@ -20,27 +20,27 @@ from realjax.models import pages
 from realjax.models.config import ModelConfig
 from realjax.models.partition import Partition
 from realjax.parallel.allocation import Allocation
-from realjax.planner.stored import (
-    MOMENTS,
-    MOST_LAYOUTS,
-    abstract,
-    cut_bytes,
-    parameter_bytes,
+from realjax.parallel.pipeline import num_pieces
+from realjax.planner.layers import (
+    cut_weights,
+    feed_forward_weights,
+    largest_weights,
+    layer_values,
+    layer_weights,
 )
+from realjax.planner.stored import MOMENTS, cut_bytes, parameter_bytes
 from realjax.rl.sampling import kept_width
 from realjax.rollout.scheduler import SHORTEST_CHUNK
 from realjax.rollout.settings import Settings
 from realjax.rollout.shard import Room, room_of
 
-HEAD_CHUNK_TOKENS, CUT_HEAD_CHUNK_TOKENS = 2**13, 2**11
-"""Tokens whose logits exist at the same time while log-probabilities are computed, by a
-head that is whole on a device, and by one that is cut."""
+HEAD_BYTES = 2**27
+"""Logits of some tokens and columns, or the sets of tokens kept, while a head scores:
+what `pallas_kernels.linear_logprob` holds at most."""
 
-FORWARD_SHARE = 0.65
-"""What a pass without gradients holds of all that one layer computes."""
-
-KEPT_SHARE = 1.2
-"""What a backward pass without remat finds of it: norms and scores are in float32."""
+HOPPER = ("h100", "h200", "h20", "h800", "gh200")
+"""Kinds of devices whose kernels attend over pages where they lie; elsewhere those of a
+layer are gathered first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,11 +51,19 @@ class Work:
         num_rows: of a batch of the data set.
         width: T, tokens of a sequence.
         prompt_width: tokens of a prompt; 0 where nothing is generated.
+        device_kind: as the driver calls it; "" is not known.
     """
 
     num_rows: int
     width: int
     prompt_width: int = 0
+    device_kind: str = ""
+
+    @property
+    def reads_pages(self) -> bool:
+        """Whether the devices attend over pages where they lie."""
+        words = self.device_kind.lower().split()
+        return any(kind in words for kind in HOPPER)
 
 
 class Working(NamedTuple):
@@ -93,24 +101,101 @@ def working_bytes(
     if node.is_following:
         return Working(0, parameter_bytes(model, Place(allocation, "float32")))
     rows = plan.num_rows(name, max_rows=num_rows, row_length=work.width)
-    num_tokens = rows // allocation.num_row_shards * work.width // allocation.stage
-    layer = _layer_bytes(model, allocation, itemsize, num_tokens)
-    kept, size = 0, int((2 if node.is_training else FORWARD_SHARE) * layer)
-    size += _gathered_bytes(model, allocation, itemsize)
-    size += _head_bytes(model, allocation, itemsize, num_tokens)
-    if isinstance(node.function, Train):
-        layers = -(-model.padded_num_layers // allocation.stage)
-        remat = role.remat(plan.calls[name].remat)
-        of_layer = _kept_bytes(model, allocation, itemsize, num_tokens, remat)
-        # Every microbatch that is under way in a pipeline keeps its own.
-        size += of_layer * layers * allocation.stage
-        # The gradient of this microbatch; kept are the sums over the minibatch.
-        kept = cut_bytes(model, allocation)
-        size += kept
-        if role.config.optimizer.offload:
-            layer = MOMENTS * cut_bytes(model, allocation) // model.padded_num_layers
-            size += 2 * layer
-    return Working(kept, size)
+    passes = _Passes(model, allocation, itemsize, rows, work.width)
+    size = passes.copies + _head_bytes(passes, node)
+    if not isinstance(node.function, Train):
+        return Working(0, int(size + passes.forward))
+    cut = cut_bytes(model, allocation)
+    remat = role.remat(plan.calls[name].remat)
+    accumulate = size + passes.backward(remat) + _gradient_bytes(passes)
+    return Working(cut, int(max(accumulate, _update_bytes(role, allocation))))
+
+
+class _Passes:
+    """The bytes of layers, for the rows of a microbatch on one device.
+
+    Attributes:
+        num_tokens: of all its rows.
+        copies: of the residual stream, around the stages.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        allocation: Allocation,
+        itemsize: int,
+        rows: int,
+        width: int,
+    ):
+        self.model, self.allocation, self.itemsize = model, allocation, itemsize
+        is_cut = "sequence" in allocation.options
+        self.layer = layer_values(model, allocation.tensor, allocation.expert, is_cut)
+        self.num_tokens = rows // allocation.num_row_shards * width
+        stages = allocation.stage
+        pieces = num_pieces(rows, allocation.num_row_shards, stages)
+        self._piece = self.num_tokens // (pieces if stages > 1 else 1)
+        # A stage works, if only on what is thrown away, in every tick.
+        self._num_ticks = pieces + stages - 1 if stages > 1 else 1
+        self._num_layers = model.padded_num_layers // stages
+        stream = self.layer.stream * itemsize
+        whole = self.num_tokens + self._num_ticks * self._piece
+        self.copies = stream * whole if stages > 1 else 0
+
+    @property
+    def forward(self) -> float:
+        """One layer of one piece, beside its feed-forward weights."""
+        layer = self._piece * self.layer.forward
+        return (layer + feed_forward_weights(self.model, self.allocation)) * (
+            self.itemsize
+        )
+
+    def backward(self, remat: str) -> float:
+        """What layers keep, and one that is differentiated beside its weights."""
+        layer, itemsize = self.layer, self.itemsize
+        kept = layer.kept(remat) * self._num_layers * self._num_ticks
+        values = self._piece * (kept + layer.backward(remat))
+        values += layer_weights(self.model, self.allocation)
+        # The gradients of the copies around the stages; that of the residual stream,
+        # where it meets the embedding, and of the largest matrix, are in float32.
+        size = values * itemsize + self.copies
+        size += 4 * self.num_tokens * layer.stream
+        return size + 4 * largest_weights(self.model, self.allocation)
+
+
+def _head_bytes(passes: _Passes, node: ModelFunctionCall) -> float:
+    """The head's matrix as it is used, and logits or sets of some tokens."""
+    model, allocation = passes.model, passes.allocation
+    if model.head != "language":
+        return 0
+    logits = 4.0 * passes.num_tokens * model.padded_vocab_size
+    size = min(logits, HEAD_BYTES)
+    if node.needs_masters or allocation.fsdp > 1:
+        # In the type of the products, and turned so that fsdp cuts the vocabulary.
+        parts = allocation.tensor * allocation.stage * allocation.fsdp
+        size += model.padded_vocab_size * model.width * passes.itemsize / parts
+    return size
+
+
+def _gradient_bytes(passes: _Passes) -> float:
+    """The gradient of a microbatch."""
+    model, allocation = passes.model, passes.allocation
+    size = cut_bytes(model, allocation)
+    if allocation.stage > 1:
+        # That of the layers, once as summed so far and once of this tick.
+        size += 4 * cut_weights(model, allocation)
+    return size
+
+
+def _update_bytes(role: Role, allocation: Allocation) -> float:
+    """What an optimizer step takes beside what it replaces."""
+    model, cut = role.model, cut_bytes(role.model, allocation)
+    if role.config.optimizer.offload:
+        # The moments of two layers: one comes, and one goes.
+        return 2 * MOMENTS * cut / model.padded_num_layers
+    if "zero1" in allocation.options:
+        # Cut updates are gathered before they are added to whole parameters.
+        return cut + parameter_bytes(model, Place(allocation, "float32"))
+    return 0
 
 
 def room(plan: ExecutionPlan, name: str, role: Role, num_rows: int, work: Work) -> Room:
@@ -153,80 +238,25 @@ def _generate_bytes(
     # Keys and values of one row, gathered in one layer.
     kv_heads = math.lcm(model.num_kv_heads, tensor) // tensor
     gathered = 2 * work.width * kv_heads * model.head_dim * itemsize
-    weights = _feed_forward_bytes(model, allocation, itemsize)
-    # Of the whole vocabulary on every device, and their exponentials.
-    sampling = 2 * 4 * slots * model.padded_vocab_size
+    is_cut = "sequence" in allocation.options
+    layer = layer_values(model, tensor, allocation.expert, is_cut)
+    weights = layer_weights(model, allocation) * itemsize
+    # Logits of the whole vocabulary on every device, after those of its own part.
+    parts = 1 if tensor == 1 else 1 + 1 / tensor
+    head = 4 * slots * model.padded_vocab_size * parts
     if allocation.fsdp > 1:
-        sampling += model.padded_vocab_size * model.width * itemsize // tensor
-    # One after the other in the same memory.
-    decode = max(slots * gathered, weights, sampling)
-    decode += int(FORWARD_SHARE * _layer_bytes(model, allocation, itemsize, slots))
+        matrix = model.padded_vocab_size * model.width * itemsize / tensor
+        head += matrix + matrix / allocation.fsdp
     tokens = settings.chunk_tokens
-    scores = min(tokens * work.width * model.num_heads // tensor, MOST_SCORES)
-    prefill = min(slots, max(tokens // SHORTEST_CHUNK, 1)) * gathered
-    prefill += (4 + itemsize) * scores + weights
-    prefill += int(FORWARD_SHARE * _layer_bytes(model, allocation, itemsize, tokens))
+    decode = weights + slots * layer.forward * itemsize
+    prefill = weights + tokens * layer.forward * itemsize
+    if not work.reads_pages:
+        decode = max(decode, decode - weights + slots * gathered)
+        scores = min(tokens * work.width * model.num_heads // tensor, MOST_SCORES)
+        rows_of_chunk = min(slots, max(tokens // SHORTEST_CHUNK, 1))
+        prefill += rows_of_chunk * gathered + (4 + itemsize) * scores
     form = kept_width(spec.sampling, model.vocab_size)
     # Tokens, log-probabilities and entropy of all rows, and the sets they kept.
     result = 4 * rows * work.width * (3 + (form[1] if form else 0))
-    return Working(result, max(decode, prefill))
-
-
-def _layer_bytes(model, allocation, itemsize: int, num_tokens: int) -> int:
-    """What one layer computes for some tokens: attention, then feed-forward."""
-    heads = 2 * model.num_heads + 2 * model.num_kv_heads
-    experts = model.moe.top_k if model.moe else 1
-    mlp = experts * (3 if model.is_gated else 2) * model.mlp_width
-    cut = (heads * model.head_dim + mlp) // allocation.tensor
-    return num_tokens * (2 * experts * model.width + cut) * itemsize
-
-
-def _kept_bytes(model, allocation, itemsize: int, num_tokens: int, remat: str) -> int:
-    """What one layer keeps for its backward pass."""
-    if remat == "none":
-        layer = _layer_bytes(model, allocation, itemsize, num_tokens)
-        return int(KEPT_SHARE * layer)
-    values = {"block": model.width, "offload": 0}.get(remat)
-    if values is None:  # "dots": what matrix products give.
-        experts = model.moe.top_k if model.moe else 1
-        heads = model.num_heads + 2 * model.num_kv_heads
-        mlp = experts * (2 if model.is_gated else 1) * model.mlp_width
-        values = (heads * model.head_dim + mlp) // allocation.tensor
-        values += (1 + experts) * model.width
-    return num_tokens * values * itemsize
-
-
-def _gathered_bytes(model, allocation: Allocation, itemsize: int) -> int:
-    """Two layers whose weights are gathered over fsdp, in the type of the products."""
-    if allocation.fsdp == 1:
-        return 0
-    count = 2 * _num_of_layer(model, "")
-    return count * itemsize // (allocation.tensor * allocation.expert)
-
-
-def _feed_forward_bytes(model, allocation: Allocation, itemsize: int) -> int:
-    """The feed-forward weights of one layer, out of the stack or gathered."""
-    count = _num_of_layer(model, "moe" if model.moe else "mlp")
-    return count * itemsize // (allocation.tensor * allocation.expert)
-
-
-@functools.lru_cache(maxsize=MOST_LAYOUTS)
-def _num_of_layer(model: ModelConfig, part: str) -> int:
-    """Count the parameters of one layer, or of a part of it."""
-    layers = abstract(model)["layers"]
-    leaves = jax.tree.leaves(
-        layers[part] if part else layers, is_leaf=lambda node: hasattr(node, "axes")
-    )
-    return sum(math.prod(leaf.shape[1:]) for leaf in leaves)
-
-
-def _head_bytes(model, allocation: Allocation, itemsize: int, num_tokens: int) -> int:
-    """Logits of a chunk and their gradient; the hidden states and theirs."""
-    hidden = 2 * num_tokens * model.width * itemsize
-    if model.head != "language":
-        return hidden
-    # Scoring cuts the vocabulary over fsdp, too.
-    parts = allocation.tensor * allocation.stage * allocation.fsdp
-    chunk = CUT_HEAD_CHUNK_TOKENS if parts > 1 else HEAD_CHUNK_TOKENS
-    vocab = model.padded_vocab_size // parts
-    return hidden + 2 * 4 * min(num_tokens, chunk) * vocab
+    # One after the other in the same memory.
+    return Working(result, int(max(decode, prefill, head)))

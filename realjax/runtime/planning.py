@@ -67,7 +67,10 @@ def described_setting(
     graph = make_graph(config)
     prompt_width, width = described_widths(graph, config.data)
     work = Work(
-        num_rows=described_size(config.data), width=width, prompt_width=prompt_width
+        num_rows=described_size(config.data),
+        width=width,
+        prompt_width=prompt_width,
+        device_kind=cluster.device.kind,
     )
     is_cpu = cluster.device.kind == "cpu"  # There the memory is whatever is needed.
     limit_bytes = 0 if is_cpu else cluster.device.memory_bytes

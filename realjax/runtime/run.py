@@ -212,6 +212,7 @@ def work_of(config: RunConfig, data: Sequence[Dataset], width: int) -> Work:
         num_rows=config.data.batch_size * data[0].rows_per_record,
         width=width,
         prompt_width=max(dataset.prompt_width for dataset in data),
+        device_kind=jax.local_devices()[0].device_kind,
     )
 
 
