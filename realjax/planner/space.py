@@ -249,10 +249,21 @@ def _nowhere(
         f"Call {name!r} fits no devices of {cluster.name}: with the least memory, as"
         f" {least.allocation}, it takes {needed / 2**30:.1f} GiB of each device's"
         f" {there / 2**30:.1f} ({listed}). It would fit with"
-        f" {(needed - there) / 2**30:.1f} GiB more on each device,"
-        f" {needed / there:.1f} times the devices, shorter sequences or smaller"
-        f" minibatches, or with its role offloaded (config.roles.{node.role}.offload)."
+        f" {(needed - there) / 2**30:.1f} GiB more on each device, with"
+        f" {needed / there:.1f} times the devices, or with {_remedy(node, least)}."
     )
+
+
+def _remedy(node, least: Option) -> str:
+    """Name the change of a config that takes the least of a call's memory away."""
+    if node.is_training and least.bytes.masters > least.bytes.working:
+        return (
+            "the optimizer's moments in host memory"
+            f" (config.roles.{node.role}.optimizer.offload)"
+        )
+    if least.bytes.pool > least.bytes.working:
+        return "shorter completions, or keys and values of 8 bits (config.kv_dtype)"
+    return "shorter sequences"
 
 
 def _problem(

@@ -129,7 +129,7 @@ def test_plans_that_do_not_fit_are_not_proposed():
 
 def test_what_fits_nowhere_is_said_with_its_bytes():
     with pytest.raises(
-        ValueError, match=r"'train_policy' fits no devices.*GiB.*offload"
+        ValueError, match=r"'train_policy' fits no devices.*GiB.*optimizer.offload"
     ):
         space_of("2xh100", size="3.1-8b", memory=20e9)
 
