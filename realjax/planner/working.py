@@ -102,7 +102,7 @@ def working_bytes(
         return Working(0, parameter_bytes(model, Place(allocation, "float32")))
     rows = plan.num_rows(name, max_rows=num_rows, row_length=work.width)
     passes = _Passes(model, allocation, itemsize, rows, work.width)
-    size = passes.copies + _head_bytes(passes, node)
+    size = passes.copies + _head_bytes(passes, node) + _turned_bytes(passes, node)
     if not isinstance(node.function, Train):
         return Working(0, int(size + passes.forward))
     cut = cut_bytes(model, allocation)
@@ -174,6 +174,16 @@ def _head_bytes(passes: _Passes, node: ModelFunctionCall) -> float:
         parts = allocation.tensor * allocation.stage * allocation.fsdp
         size += model.padded_vocab_size * model.width * passes.itemsize / parts
     return size
+
+
+def _turned_bytes(passes: _Passes, node: ModelFunctionCall) -> float:
+    """The experts of all layers, turned once so that fsdp gathers what is adjacent."""
+    model, allocation = passes.model, passes.allocation
+    if model.moe is None or allocation.fsdp == 1 or "zero1" in allocation.options:
+        return 0
+    layers = model.padded_num_layers // allocation.stage
+    count = layers * feed_forward_weights(model, allocation) / allocation.fsdp
+    return count * (4 if node.needs_masters else passes.itemsize)
 
 
 def _gradient_bytes(passes: _Passes) -> float:
