@@ -183,6 +183,13 @@ def _check_written(
             raise ValueError(
                 f"The plan gives the call {name!r} no allocation, as in {example}."
             )
+        for field in ("rows", "pages"):
+            count = fields.get(field, 0)
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(
+                    f"{field} of {name} is {count!r}; it must be a whole number, at"
+                    " least 0."
+                )
         check_choice(f"remat of {name}", fields.get("remat", ""), ("", *REMATS))
 
 

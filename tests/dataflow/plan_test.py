@@ -1,9 +1,11 @@
 """Tests of `realjax/dataflow/plan.py`."""
 
+import json
+
 import pytest
 
 from realjax.algorithms import ppo
-from realjax.dataflow.plan import MOST_SLOTS, make_plan
+from realjax.dataflow.plan import MOST_SLOTS, ExecutionPlan, make_plan
 
 GRAPH = ppo.graph(ppo.PPO())
 
@@ -92,3 +94,45 @@ def test_an_unknown_type_of_keys_and_values_is_refused():
         make_plan(GRAPH, num_devices=8, kv_dtype={"rollout": "int4"})
     with pytest.raises(ValueError, match="Did you mean 'rollout'"):
         make_plan(GRAPH, num_devices=8, kv_dtype={"rolout": "int8"})
+
+
+# -- plans as plain values -------------------------------------------------------------
+
+
+def test_a_plan_is_read_back_from_its_values():
+    plan = make_plan(
+        GRAPH,
+        num_devices=8,
+        allocations={"rollout": "d4t2", "train_policy": "f4@4-7+offload"},
+        rows={"value": 40},
+        pages={"rollout": 64},
+        kv_dtype={"rollout": "int8"},
+        weights={"reference": "int8"},
+    )
+    values = json.loads(json.dumps(plan.as_dict()))
+    assert ExecutionPlan.from_dict(GRAPH, values, num_devices=8) == plan
+    # Arithmetic follows its reader where the values do not say.
+    del values["calls"]["advantages"]
+    assert ExecutionPlan.from_dict(GRAPH, values, num_devices=8) == plan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.pop("calls"), "has no 'calls'"),
+        (lambda v: v["calls"].pop("value"), "no allocation for the call 'value'"),
+        (lambda v: v["calls"].update(valeu={}), "Did you mean 'value'"),
+        (lambda v: v["calls"]["value"].update(row=3), "Did you mean 'rows'"),
+        (lambda v: v["calls"]["value"].update(rows=-1), "rows of value is -1"),
+        (lambda v: v["calls"]["value"].update(allocation=8), "no allocation, as in"),
+        (lambda v: v["calls"]["value"].update(allocation="d9"), "there are 8 devices"),
+        (lambda v: v["calls"]["value"].update(allocation="q2"), "unknown letter"),
+        (lambda v: v["calls"]["value"].update(remat="some"), "remat of value='some'"),
+        (lambda v: v["calls"]["value"].update(pages=3), "does not generate"),
+    ],
+)
+def test_values_that_are_no_plan_of_the_graph_are_refused(change, message):
+    values = make_plan(GRAPH, num_devices=8).as_dict()
+    change(values)
+    with pytest.raises(ValueError, match=message):
+        ExecutionPlan.from_dict(GRAPH, values, num_devices=8)
