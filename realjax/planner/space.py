@@ -323,7 +323,8 @@ def _problem(
 
 def table(found: Sequence[CallOptions]) -> Options:
     """Write the options of all calls as arrays; short rows are filled up with zeros."""
-    most = max(map(len, found))
+    # One of few lengths, so that compiled searches serve again.
+    most = 1 << (max(map(len, found)) - 1).bit_length()
 
     def column(value, dtype: Any = np.float32):
         rows = [options.column(value, dtype) for options in found]
