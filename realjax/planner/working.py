@@ -177,9 +177,12 @@ def _head_bytes(passes: _Passes, node: ModelFunctionCall) -> float:
 
 
 def _turned_bytes(passes: _Passes, node: ModelFunctionCall) -> float:
-    """The experts of all layers, turned once so that fsdp gathers what is adjacent."""
+    """The experts of all layers, turned once before the loop over them.
+
+    Gathers over fsdp and products with transposed matrices read what is adjacent.
+    """
     model, allocation = passes.model, passes.allocation
-    if model.moe is None or allocation.fsdp == 1 or "zero1" in allocation.options:
+    if model.moe is None or not (node.is_training or allocation.fsdp > 1):
         return 0
     layers = model.padded_num_layers // allocation.stage
     count = layers * feed_forward_weights(model, allocation) / allocation.fsdp

@@ -32,12 +32,13 @@ def test_twenty_pairs_are_on_eight_devices_with_every_axis_and_kind_of_program()
     assert {pair.remat for pair in PAIRS} >= {"none", "dots", "block"}
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_a_pair_divides_its_model(pair):
-    graph = make_graph(pair.config)
-    role = graph.calls[pair.call].role
-    model = described_model(pair.config, graph, role)
-    check_fit(pair.plan.calls[pair.call].allocation, model, batch_rows=pair.rows)
+def test_a_pair_divides_its_model():
+    for pair in PAIRS:
+        graph = make_graph(pair.config)
+        role = graph.calls[pair.call].role
+        assert role is not None
+        model = described_model(pair.config, graph, role)
+        check_fit(pair.plan.calls[pair.call].allocation, model, batch_rows=pair.rows)
 
 
 def test_the_largest_program_is_what_a_call_takes():
