@@ -72,7 +72,9 @@ GPUS_OF_A_NODE = 8
 MICROBATCH_TOKENS = 8192
 """For each device, where a plan does not say."""
 
-SECONDS = 3.0
+MOVES = 2048
+"""Of each chain of a search, whose result so depends on its seed alone."""
+
 MOST_STARTS = 16
 
 
@@ -271,66 +273,84 @@ def reals_space(step: PublishedStep, coefficients: Coefficients) -> Space:
     return dataclasses.replace(space, options=tuple(found), problem=problem)
 
 
-def predict(
-    step: PublishedStep,
-    coefficients: Coefficients,
-    plan: str,
-    *,
-    seconds: float = SECONDS,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Predict the seconds of a step.
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """Predicts the seconds of one step with several plans.
 
-    Args:
+    Attributes:
         step: sizes and lengths.
         coefficients: of the machine.
-        plan: one of `PLANS`.
-        seconds: of a search.
+        moves: of each chain of a search.
         seed: of a search.
-
-    Raises:
-        ValueError: another plan, or none that fits.
     """
-    if plan == "template":
-        found = coefficients.seconds(template_quantities(step))
-        return {"seconds": found, "allocation": str(step.template)}
-    space = space_of(step, coefficients)
-    reals = reals_space(step, coefficients)
-    if plan == "symmetric":
-        found = [(s, one, p) for one in (space, reals) for p, s in symmetric_plans(one)]
+
+    step: PublishedStep
+    coefficients: Coefficients
+    moves: int = MOVES
+    seed: int = 0
+
+    @functools.cached_property
+    def space(self) -> Space:
+        """All plans."""
+        return space_of(self.step, self.coefficients)
+
+    @functools.cached_property
+    def reals(self) -> Space:
+        """Those of ReaL's options, as ReaL runs them."""
+        return reals_space(self.step, self.coefficients)
+
+    def template(self) -> dict[str, Any]:
+        """Predict ReaL's heuristic plan, whether it fits or not."""
+        found = self.coefficients.seconds(template_quantities(self.step))
+        return {"seconds": found, "allocation": str(self.step.template)}
+
+    def symmetric(self) -> dict[str, Any]:
+        """Predict the fastest strategy of all calls, of both kinds of options.
+
+        Raises:
+            ValueError: none fits.
+        """
+        found = [
+            (seconds, space.chosen(plan))
+            for space in (self.space, self.reals)
+            for plan, seconds in symmetric_plans(space)
+        ]
         if not found:
             raise ValueError(
-                f"No single allocation of {step} fits the memory. Give more GPUs, or"
-                " --plan=searched."
+                f"No single allocation of {self.step} fits the memory. Give more GPUs,"
+                " or --plan=searched."
             )
-        best, where, numbers = min(found, key=lambda item: item[0])
-        allocation = next(iter(where.chosen(numbers).values()))
-        return {"seconds": best, "allocation": str(allocation)}
-    if plan != "searched":
-        raise ValueError(f"The plan is {plan!r}; it must be one of {PLANS}.")
-    ours = searched(space, seconds=seconds, seed=seed)
-    same = searched(reals, seconds=seconds, seed=seed)
-    return ours | {"of_reals_options": same}
+        best, chosen = min(found, key=lambda item: item[0])
+        return {"seconds": best, "allocation": next(iter(chosen.values())).strategy}
 
+    def searched(self) -> dict[str, Any]:
+        """Predict the best plan of a search.
 
-def searched(space: Space, *, seconds: float, seed: int) -> dict[str, Any]:
-    """Search from what rules of thumb give.
+        Raises:
+            ValueError: none fits.
+        """
+        return self._searched(self.space)
 
-    Args:
-        space: of all plans.
-        seconds: of the search.
-        seed: of it.
-    """
-    starts = [plan for plan, _ in symmetric_plans(space)[:MOST_STARTS]]
-    thumb = template_plan(space)
-    starts += [thumb[0]] if thumb else []
-    found = search(space, seconds=seconds, seed=seed, starts=starts)
-    chosen = space.chosen(found.plan)
-    return {
-        "seconds": found.seconds,
-        "memory_bytes": found.memory_bytes,
-        "allocations": {name: str(allocation) for name, allocation in chosen.items()},
-    }
+    def searched_as_real(self) -> dict[str, Any]:
+        """Predict the best plan of a search among ReaL's options.
+
+        Raises:
+            ValueError: none fits.
+        """
+        return self._searched(self.reals)
+
+    def _searched(self, space: Space) -> dict[str, Any]:
+        """Search from what rules of thumb give."""
+        starts = [plan for plan, _ in symmetric_plans(space)[:MOST_STARTS]]
+        thumb = template_plan(space)
+        starts += [thumb[0]] if thumb else []
+        found = search(space, most_moves=self.moves, seed=self.seed, starts=starts)
+        chosen = space.chosen(found.plan)
+        return {
+            "seconds": found.seconds,
+            "memory_bytes": found.memory_bytes,
+            "allocations": {name: str(place) for name, place in chosen.items()},
+        }
 
 
 def load_coefficients(path: pathlib.Path | None = None) -> Coefficients:
@@ -397,7 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=pathlib.Path, help="To fit, instead of ours.")
     parser.add_argument("--coefficients", type=pathlib.Path, help="Instead of ours.")
     parser.add_argument("--sweep", type=pathlib.Path, help="Folder for its results.")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="Of a search.")
+    parser.add_argument("--moves", type=int, default=MOVES, help="Of a search.")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.sweep is not None:
@@ -406,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = published_sweep.sweep(
             load_coefficients(options.coefficients),
             options.sweep,
-            seconds=options.seconds,
+            moves=options.moves,
             seed=options.seed,
         )
     elif options.policy or options.critic:
@@ -418,12 +438,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch=options.batch,
             gpus=options.gpus,
         )
-        coefficients = load_coefficients(options.coefficients)
-        found = predict(
-            *(step, coefficients, options.plan),
-            seconds=options.seconds,
+        predictor = Predictor(
+            step,
+            load_coefficients(options.coefficients),
+            moves=options.moves,
             seed=options.seed,
         )
+        found = getattr(predictor, options.plan)()
+        if options.plan == "searched":
+            found["of_reals_options"] = predictor.searched_as_real()
         report = dataclasses.asdict(step) | {"plan": options.plan} | found
     else:
         report = fitted(read_rows(options.rows))

@@ -16,7 +16,7 @@ import numpy as np
 import rich.progress
 
 from realjax.bench.environment import describe
-from realjax.bench.published_steps import PLANS, SIZES, PublishedStep, predict
+from realjax.bench.published_steps import PLANS, SIZES, Predictor, PublishedStep
 from realjax.planner.cost import Coefficients
 
 GPUS = (8, 16, 32, 64, 128)
@@ -30,7 +30,7 @@ def sweep(
     coefficients: Coefficients,
     folder: pathlib.Path,
     *,
-    seconds: float,
+    moves: int,
     seed: int,
     gpus: Sequence[int] = GPUS,
     sizes: Sequence[int] = tuple(SIZES),
@@ -40,7 +40,7 @@ def sweep(
     Args:
         coefficients: of the machine.
         folder: gets the two files.
-        seconds: of each search.
+        moves: of each chain of a search.
         seed: of each search.
         gpus: to go over.
         sizes: of models, for the policy and for the critic.
@@ -55,13 +55,13 @@ def sweep(
         for critic in sizes
     ]
     rows = [
-        _row(step, coefficients, seconds=seconds, seed=seed)
+        row_of(Predictor(step, coefficients, moves=moves, seed=seed))
         for step in rich.progress.track(steps, "steps", transient=True)
     ]
     report = {
         "command": "python -m realjax.bench.published_steps --sweep",
         "environment": describe(),
-        "search_seconds": seconds,
+        "moves": moves,
         "seed": seed,
         "coefficients": dataclasses.asdict(coefficients),
         "summary": summary(rows),
@@ -73,17 +73,14 @@ def sweep(
     return report["summary"]
 
 
-def _row(
-    step: PublishedStep, coefficients: Coefficients, *, seconds: float, seed: int
-) -> dict[str, Any]:
+def row_of(predictor: Predictor) -> dict[str, Any]:
     """Predict one step with each plan; what does not fit says so."""
-    row = dataclasses.asdict(step)
+    row = dataclasses.asdict(predictor.step)
     for plan in PLANS:
         try:
-            found = predict(step, coefficients, plan, seconds=seconds, seed=seed)
+            row[plan] = getattr(predictor, plan)()
         except ValueError as error:
-            found = {"does_not_fit": str(error).partition("\n")[0]}
-        row[plan] = found
+            row[plan] = {"does_not_fit": str(error).partition("\n")[0]}
     return row
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from realjax.bench import published_steps as bench
 from realjax.bench import published_sweep
-from realjax.bench.published_steps import PublishedStep
+from realjax.bench.published_steps import Predictor, PublishedStep
 from realjax.planner.simulate import price
 
 SMALL = PublishedStep(policy=7, critic=7, new_tokens=384, gpus=8)
@@ -67,17 +67,14 @@ def test_simulated_the_template_takes_its_calls_one_after_another():
     space = bench.reals_space(SMALL, coefficients())
     plan = [space.number_of(name, SMALL.template) for name in space.names]
     found = price(space.problem, jnp.asarray([plan]))
-    seconds = bench.predict(SMALL, coefficients(), "template")["seconds"]
+    seconds = Predictor(SMALL, coefficients()).template()["seconds"]
     assert float(found.seconds[0]) == pytest.approx(seconds, rel=0.02)
 
 
 def test_a_searched_plan_is_no_slower_than_the_others():
-    found = {
-        plan: bench.predict(SMALL, coefficients(), plan, seconds=1.0)["seconds"]
-        for plan in bench.PLANS
-    }
-    assert found["searched"] <= found["symmetric"]
-    assert found["searched"] <= 0.95 * found["template"]
+    row = published_sweep.row_of(Predictor(SMALL, coefficients(), moves=256))
+    assert row["searched"]["seconds"] <= row["symmetric"]["seconds"]
+    assert row["searched"]["seconds"] <= 0.95 * row["template"]["seconds"]
 
 
 @pytest.mark.slow
@@ -87,14 +84,12 @@ def test_a_searched_plan_is_no_slower_than_the_others():
 )
 def test_nor_is_one_of_larger_models(policy, critic, gpus):
     step = PublishedStep(policy=policy, critic=critic, gpus=gpus)
-    found = {
-        plan: bench.predict(step, coefficients(), plan)["seconds"]
-        for plan in bench.PLANS
-    }
-    assert found["searched"] <= min(found["symmetric"], found["template"])
+    row = published_sweep.row_of(Predictor(step, coefficients()))
+    seconds = {plan: row[plan]["seconds"] for plan in bench.PLANS}
+    assert seconds["searched"] <= min(seconds["symmetric"], seconds["template"])
 
 
-def row(policy, critic, searched):
+def a_row(policy, critic, searched):
     step = PublishedStep(policy=policy, critic=critic)
     found = {"seconds": searched} if searched else {"does_not_fit": "70 GiB"}
     return dataclasses.asdict(step) | {
@@ -105,7 +100,7 @@ def row(policy, critic, searched):
 
 
 def test_a_sweep_says_where_a_searched_plan_is_slower():
-    rows = [row(7, 7, 20.0), row(7, 13, 32.0), row(13, 7, None)]
+    rows = [a_row(7, 7, 20.0), a_row(7, 13, 32.0), a_row(13, 7, None)]
     found = published_sweep.summary(rows)
     assert (found["num_steps"], found["num_fitting"]) == (3, 2)
     assert found["mean_gain_over_template"] == pytest.approx((0.5 + 0.2) / 2)
