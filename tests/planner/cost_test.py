@@ -1,7 +1,7 @@
 """Tests of `realjax/planner/cost.py`."""
 
 import dataclasses
-import functools
+from typing import Any
 
 import pytest
 
@@ -50,7 +50,10 @@ def test_devices_share_the_products():
 
 def test_a_pipeline_reads_its_weights_in_every_tick():
     # Two microbatches of a row shard, each in 4 pieces through 2 stages: 5 ticks.
-    train_in_pieces = functools.partial(train, microbatch_tokens=128 * 1024, pieces=4)
+
+    def train_in_pieces(strategy):
+        return train(strategy, microbatch_tokens=128 * 1024, pieces=4)
+
     found = train_in_pieces("s2")
     assert found.products == pytest.approx(train("d1").products / 2 * 5 / 4)
     # Forward, and twice as much backward; half of 32 layers.
@@ -89,7 +92,7 @@ def test_each_axis_sends_what_it_must():
 
 
 def generate(strategy, **changes):
-    work = {
+    work: dict[str, Any] = {
         "num_rows": 64,
         "prompt_tokens": 0,
         "new_tokens": 100,
