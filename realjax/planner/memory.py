@@ -1,8 +1,9 @@
 """How much memory an execution plan takes, from shapes alone.
 
 What roles keep and copies of it are counted exactly: they are arrays whose shardings
-are known. What a call works with (activations, caches, gradients) is estimated from
-the sizes of the model, to a quarter of what XLA takes for 8B programs on H200s.
+are known. What a call works with (activations, caches, gradients) is `working`'s: it is
+counted from the sizes of the model, and `docs/memory.md` says how near that comes to
+what XLA takes on H200s.
 """
 
 import dataclasses

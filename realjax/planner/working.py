@@ -158,8 +158,11 @@ class _Passes:
         # The gradients of the copies around the stages; that of the residual stream,
         # where it meets the embedding, and of the largest matrix, are in float32.
         size = values * itemsize + self.copies
-        size += 4 * self.num_tokens * layer.stream
-        return size + 4 * largest_weights(self.model, self.allocation)
+        whole = largest_weights(self.model, self.allocation)
+        if self.model.moe is not None and self.allocation.fsdp > 1:
+            # Experts come in float32, and their gradients leave together.
+            whole += feed_forward_weights(self.model, self.allocation)
+        return size + 4 * (self.num_tokens * layer.stream + whole)
 
 
 def _head_bytes(passes: _Passes, node: ModelFunctionCall) -> float:
