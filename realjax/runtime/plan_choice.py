@@ -12,18 +12,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from realjax.dataflow.account import Account
+from realjax.dataflow.account import Account, DoesNotFitError
 from realjax.dataflow.graph import DataflowGraph
-from realjax.dataflow.plan import ExecutionPlan, adjusted
+from realjax.dataflow.plan import CallPlan, ExecutionPlan, adjusted, make_plan
 from realjax.functions.function import Generate, Infer
 from realjax.functions.role import Role
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.sharding import check_fit, padded_for
 from realjax.planner.cluster import Cluster
+from realjax.planner.coefficients import coefficients_of
 from realjax.planner.cost import Coefficients
 from realjax.planner.exhaustive import best_of_all
 from realjax.planner.memory import Work, fit_pools, memory_account
+from realjax.planner.options import Wish
 from realjax.planner.search import search
 from realjax.planner.simulate import price
 from realjax.planner.space import Lengths, Space, make_space
@@ -37,6 +40,7 @@ from realjax.runtime.given_plans import (
     microbatch_tokens,
     mode_of,
 )
+from realjax.runtime.plan_remedies import remedies
 from realjax.runtime.run_config import RunConfig
 
 UNLIMITED_BYTES = 2**60
@@ -45,10 +49,14 @@ UNLIMITED_BYTES = 2**60
 MOST_LOOKED_AT = 2**18
 """Plans that are looked at one by one; of more, a search looks at some."""
 
-MOVES = 2048
-"""Of each chain of a search on up to eight devices."""
+MOVES, CPU_MOVES = 2048, 256
+"""Of each chain of a search: for GPUs, and for the CPUs that tests and first looks use,
+whose steps are over in moments."""
 
 _AGAIN = ", as before"
+
+TRIED_MOVES = 64
+"""The same, to see whether a change of the config helps."""
 
 TRIES = 6
 """Searches with less and less memory, until a plan fits by the account."""
@@ -174,7 +182,7 @@ def choose_plan(
             origin = chosen.origin.removesuffix(_AGAIN) + _AGAIN
             return dataclasses.replace(chosen, origin=origin)
     find = lambda: _found(config, setting, tell).as_dict()
-    values = Agreement("execution plan").decide(find)
+    values = Agreement("execution plan", errors=(DoesNotFitError,)).decide(find)
     return Chosen.from_dict(graph, values, num_devices=num_devices)
 
 
@@ -223,11 +231,6 @@ def padded_roles(
     return padded
 
 
-def _coefficients(cluster: Cluster) -> tuple[Coefficients, bool]:
-    """Return those of a machine, and whether it was measured."""
-    return Coefficients(), False
-
-
 def _check_fit(setting: Setting, plan: ExecutionPlan) -> None:
     """Refuse a given plan whose strategies do not divide the models."""
     for name, place in plan.calls.items():
@@ -255,6 +258,7 @@ def _space(
     setting: Setting,
     tokens: int,
     fixed: Mapping[str, Allocation],
+    wishes: Mapping[str, Wish],
     coefficients: Coefficients,
     limit_bytes: int = 0,
 ) -> Space:
@@ -270,26 +274,53 @@ def _space(
         coefficients,
         microbatch_tokens=tokens,
         fixed=fixed,
+        wishes=wishes,
     )
 
 
 def _described(setting: Setting, plan: ExecutionPlan, origin: str) -> Chosen:
     """Say what is expected of a given plan's calls."""
-    coefficients, is_measured = _coefficients(setting.cluster)
-    fixed = {
-        name: call.allocation
-        for name, call in plan.calls.items()
-        if setting.graph.calls[name].role is not None
-    }
+    known = coefficients_of(setting.cluster)
+    fixed, wishes, num_rows = {}, {}, setting.work.num_rows
+    for name in setting.graph.order():
+        node = setting.graph.calls[name]
+        if node.role is None:
+            continue
+        call = plan.calls[name]
+        if isinstance(node.function, Generate):
+            num_rows *= node.function.completions_per_prompt
+            rows = plan.rollout_settings(name, num_rows=num_rows).slots
+        else:
+            width = setting.work.width
+            rows = plan.num_rows(name, max_rows=num_rows, row_length=width)
+        # Which devices those are changes no call's seconds.
+        fixed[name] = dataclasses.replace(call.allocation, devices=())
+        wishes[name] = _wish(call, rows=rows, remat=call.remat or "none")
+    given = (fixed, wishes, known.coefficients)
     with _on_cpu():
-        space = _space(setting, plan.microbatch_tokens, fixed, coefficients)
+        space = _space(setting, plan.microbatch_tokens, *given)
     seconds = {
         name: options[0].seconds
         for name, options in zip(space.names, space.options, strict=True)
     }
     return Chosen(
-        plan=plan, origin=origin, call_seconds=seconds, is_measured=is_measured
+        plan=plan,
+        origin=origin,
+        call_seconds=seconds,
+        is_measured=known.is_measured,
     )
+
+
+def _wish(call: CallPlan, **changes: Any) -> Wish:
+    fields = [field.name for field in dataclasses.fields(Wish)]
+    return Wish(**{name: getattr(call, name) for name in fields} | changes)
+
+
+def _wishes(config: RunConfig, setting: Setting) -> dict[str, Wish]:
+    """Return what a config settles of single calls beside their allocations."""
+    num_devices = setting.cluster.num_devices
+    plan = make_plan(setting.graph, num_devices=num_devices, **adjustments(config))
+    return {name: _wish(call) for name, call in plan.calls.items()}
 
 
 def _fixed(config: RunConfig, setting: Setting) -> dict[str, Allocation]:
@@ -311,21 +342,64 @@ def _fixed(config: RunConfig, setting: Setting) -> dict[str, Allocation]:
 
 
 def _found(config: RunConfig, setting: Setting, tell: Callable[[str], None]) -> Chosen:
-    """Look for a plan, in one process."""
-    mode = mode_of(config, setting.cluster.num_devices)
-    coefficients, is_measured = _coefficients(setting.cluster)
-    tokens = microbatch_tokens(config, setting.cluster)
+    """Look for a plan, in one process.
+
+    Raises:
+        ValueError: none fits; names the call, the bytes, and what would do.
+    """
+    moves = CPU_MOVES if setting.cluster.device.kind == "cpu" else MOVES
+    try:
+        with _on_cpu():
+            return _look(config, setting, moves, tell)
+    except ValueError as error:
+        if not setting.limit_bytes:
+            raise
+        advice = _what_would_fit(config, setting)
+        if not advice:  # It is not for want of memory.
+            raise
+        raise type(error)(f"{error}\n{advice}") from error
+
+
+def _what_would_fit(config: RunConfig, setting: Setting) -> str:
+    """Try changes of a config, and then larger machines, the smallest first."""
     with _on_cpu():
-        space = _space(
-            setting,
-            tokens,
-            _fixed(config, setting),
-            coefficients,
-            setting.limit_bytes,
-        )
-        same = symmetric_plans(space)
-        numbers, plan = _numbers(mode, config, setting, space, same, tell)
-        priced = price(space.problem, jnp.asarray([numbers]))
+        try:
+            _look(config, dataclasses.replace(setting, limit_bytes=0), TRIED_MOVES)
+        except ValueError:
+            return ""
+        for remedy in remedies(config, setting.roles, setting.cluster):
+            changed = dataclasses.replace(
+                setting,
+                roles=remedy.roles,
+                cluster=remedy.cluster,
+                limit_bytes=int(setting.limit_bytes * remedy.memory_share),
+            )
+            with contextlib.suppress(ValueError):
+                _look(remedy.config, changed, TRIED_MOVES)
+                return f"A plan fits with {remedy.text}."
+    return "No single change that was tried makes a plan fit."
+
+
+def _look(
+    config: RunConfig,
+    setting: Setting,
+    moves: int,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Chosen:
+    """Make the options of all calls, and take the best plan that is found."""
+    mode = mode_of(config, setting.cluster.num_devices)
+    known = coefficients_of(setting.cluster)
+    space = _space(
+        setting,
+        microbatch_tokens(config, setting.cluster),
+        _fixed(config, setting),
+        _wishes(config, setting),
+        known.coefficients,
+        setting.limit_bytes,
+    )
+    same = symmetric_plans(space)
+    numbers, plan = _numbers(mode, config, setting, space, same, moves, tell)
+    priced = price(space.problem, jnp.asarray([numbers]))
     symmetric = None
     if same:
         strategy = next(iter(space.chosen(same[0][0]).values())).strategy
@@ -341,7 +415,7 @@ def _found(config: RunConfig, setting: Setting, tell: Callable[[str], None]) -> 
         },
         step_seconds=float(priced.seconds[0]),
         symmetric=symmetric,
-        is_measured=is_measured,
+        is_measured=known.is_measured,
     )
 
 
@@ -351,12 +425,14 @@ def _numbers(
     setting: Setting,
     space: Space,
     same: list,
+    moves: int,
     tell: Callable[[str], None],
 ) -> tuple[tuple[int, ...], ExecutionPlan]:
     """Return the numbers of the options of a plan that fits, and the plan."""
     if mode == "search":
         tell(f"planning: {space.num_plans:.1e} plans on {setting.cluster.name}")
-        return _searched(config, setting, space, [numbers for numbers, _ in same])
+        starts = [numbers for numbers, _ in same]
+        return _searched(config, setting, space, starts, moves)
     if mode == "heuristic":
         from realjax.planner.heuristic import template_plan
 
@@ -375,26 +451,33 @@ def _numbers(
 
 
 def _searched(
-    config: RunConfig, setting: Setting, space: Space, starts: list
+    config: RunConfig, setting: Setting, space: Space, starts: list, moves: int
 ) -> tuple[tuple[int, ...], ExecutionPlan]:
     """Search until a plan fits by the account of its schedule, which is exact."""
     limit = float(space.problem.memory_bytes)
-    account = None
     for _ in range(TRIES):
         problem = space.problem._replace(memory_bytes=jnp.float32(limit))
         space = dataclasses.replace(space, problem=problem)
-        if space.num_plans <= MOST_LOOKED_AT:
-            numbers, _ = best_of_all(space)
-        else:
-            found = search(space, seed=config.seed, starts=starts, most_moves=MOVES)
-            numbers = found.plan
+        try:
+            if space.num_plans <= MOST_LOOKED_AT:
+                numbers, _ = best_of_all(space)
+            else:
+                found = search(space, seed=config.seed, starts=starts, most_moves=moves)
+                numbers = found.plan
+        except ValueError:
+            break  # None is so small.
         plan, account = _fitted(config, setting, space.execution_plan(numbers))
         if account is None or account.fits:
             return numbers, plan
         limit *= 0.98 * account.limit_bytes / float(account.peak_bytes.max())
-    assert account is not None
-    account.check()
-    raise AssertionError
+    # The least that every call can do with, whatever the time.
+    needs = lambda option: option.static_bytes + option.working_bytes
+    least = (int(np.argmin(options.column(needs))) for options in space.options)
+    numbers = tuple(least)
+    plan, account = _fitted(config, setting, space.execution_plan(numbers))
+    if account is not None:
+        account.check()  # Says which step of the schedule takes what.
+    return numbers, plan
 
 
 def _fitted(

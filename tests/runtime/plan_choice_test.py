@@ -63,6 +63,7 @@ def peak_bytes(setting, plan):
 def test_the_search_is_no_slower_than_one_strategy_and_its_plan_fits():
     here, told = setting(), []
     found = choose_plan(RunConfig(), here, tell=told.append)
+    assert found.symmetric is not None
     strategy, seconds = found.symmetric
     assert found.step_seconds <= seconds
     assert set(found.call_seconds) == set(here.graph.calls) - {"advantages"}
@@ -106,6 +107,13 @@ def test_a_choice_survives_json():
     assert all(seconds > 0 for seconds in found.call_seconds.values())
 
 
-def test_memory_that_is_too_little_is_refused_with_the_call_and_the_bytes():
-    with pytest.raises(ValueError, match=r"Call '.*' fits no devices.*GiB of each"):
-        choose_plan(RunConfig(), setting(limit_gib=2.0))
+def test_memory_that_is_too_little_is_refused_with_the_call_the_bytes_and_a_remedy():
+    with pytest.raises(ValueError, match=r"Call '.*' fits no devices") as caught:
+        choose_plan(RunConfig(), setting(limit_gib=5.0))
+    message, advice = str(caught.value).split("\n")
+    assert "GiB of each device's 5.0" in message
+    # One role's moments in host memory are not enough; both roles' are, and it is so.
+    assert advice == (
+        "A plan fits with config.roles.policy.optimizer.offload=True and"
+        " config.roles.critic.optimizer.offload=True."
+    )
