@@ -20,12 +20,12 @@ from realjax.parallel.allocation import Allocation
 from realjax.planner.stored import MOMENTS, cut_bytes, fitted, parameter_bytes
 from realjax.planner.working import (
     Work,
+    num_kept,
     page_bytes,
     pool_bytes,
     room,
     working_bytes,
 )
-from realjax.rl.sampling import kept_width
 
 PIECES = 0.25
 """The most that is on its way at the same time, of a copy: reallocation keeps to it."""
@@ -295,10 +295,5 @@ def _batch_bytes(graph, name, roles, num_rows, work, allocation: Allocation) -> 
     shards = allocation.num_row_shards
     num_tokens = -(-num_rows // shards) * work.width
     keys: Collection[str] = {*node.reads, *node.writes}
-    size = 4 * num_tokens * len(keys)
-    for writer in graph.calls.values():
-        if isinstance(writer.function, Generate) and writer.key("kept") in keys:
-            vocab_size = roles[writer.role].model.vocab_size
-            form = kept_width(writer.function.sampling, vocab_size)
-            size += 4 * num_tokens * (form[1] if form else 0)
-    return size
+    kept = num_kept(graph, node, lambda role: roles[role].model.vocab_size)
+    return 4 * num_tokens * (len(keys) + kept)

@@ -6,12 +6,13 @@ anything.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 
 from pallas_kernels.paged_attention.reference import MOST_SCORES
-from realjax.dataflow.graph import ModelFunctionCall
+from realjax.dataflow.graph import DataflowGraph, ModelFunctionCall
 from realjax.dataflow.plan import ExecutionPlan
 from realjax.dataflow.schedule import Place
 from realjax.functions.function import Generate, Train
@@ -102,7 +103,8 @@ def working_bytes(
         return Working(0, parameter_bytes(model, Place(allocation, "float32")))
     rows = plan.num_rows(name, max_rows=num_rows, row_length=work.width)
     passes = _Passes(model, allocation, itemsize, rows, work.width)
-    size = passes.copies + _head_bytes(passes, node) + _turned_bytes(passes, node)
+    size = passes.copies + _turned_bytes(passes, node)
+    size += _head_bytes(passes, node, plan.graph)
     if not isinstance(node.function, Train):
         return Working(0, int(size + passes.forward))
     cut = cut_bytes(model, allocation)
@@ -165,13 +167,37 @@ class _Passes:
         return size + 4 * (self.num_tokens * layer.stream + whole)
 
 
-def _head_bytes(passes: _Passes, node: ModelFunctionCall) -> float:
+def num_kept(
+    graph: DataflowGraph, node: ModelFunctionCall, vocab_size: Callable[[str], int]
+) -> int:
+    """Count the values of a token in the sets of kept tokens that a call has.
+
+    Args:
+        graph: of the algorithm.
+        node: the call.
+        vocab_size: of the role that samples.
+    """
+    keys, found = {*node.reads, *node.writes}, 0
+    for writer in graph.calls.values():
+        if isinstance(writer.function, Generate) and writer.key("kept") in keys:
+            assert writer.role is not None  # It generates.
+            form = kept_width(writer.function.sampling, vocab_size(writer.role))
+            found += form[1] if form else 0
+    return found
+
+
+def _head_bytes(
+    passes: _Passes, node: ModelFunctionCall, graph: DataflowGraph
+) -> float:
     """The head's matrix as it is used, and logits or sets of some tokens."""
     model, allocation = passes.model, passes.allocation
     if model.head != "language":
         return 0
     logits = 4.0 * passes.num_tokens * model.padded_vocab_size
     size = min(logits, HEAD_BYTES)
+    # Sets in the order of the rows, and as the head reads them.
+    kept = num_kept(graph, node, lambda _: model.vocab_size)
+    size += 2 * 4 * passes.num_tokens * kept
     if node.needs_masters or allocation.fsdp > 1:
         # In the type of the products, and turned so that fsdp cuts the vocabulary.
         parts = allocation.tensor * allocation.stage * allocation.fsdp

@@ -37,7 +37,7 @@ class CompiledProgram:
         call, program: names.
         beside_bytes: what stays meanwhile and is no argument.
         argument_bytes, new_bytes, temporary_bytes: of the program.
-        seconds: of compilation.
+        seconds: of compilation; 0 where nobody looked.
     """
 
     call: str
@@ -46,7 +46,7 @@ class CompiledProgram:
     argument_bytes: int
     new_bytes: int
     temporary_bytes: int
-    seconds: float
+    seconds: float = 0.0
 
     @property
     def peak_bytes(self) -> int:
