@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from realjax.planner import Work, memory_account
-from realjax.runtime import cluster
+from realjax.runtime import cluster, plan_choice
 from realjax.runtime.checkpoint import CheckpointConfig
 from realjax.runtime.console import Console
 from realjax.runtime.measures import to_numbers
@@ -176,6 +176,14 @@ def small_run(folder, workdir, allocation, stop_after=0):
         "num_rows_read": run.train_data.num_rows_read,
         "step": trainer.step,
     }
+
+
+def found_plan(folder):
+    """The plan that a search finds for training on answers; only process 0 searches."""
+    if jax.process_index():
+        plan_choice._found = None
+    config = small_runs.sft_config(pathlib.Path(folder), allocation="", steps=4)
+    return prepare(config).chosen.as_dict()
 
 
 def stop_and_go_on(folder, workdir, allocation):

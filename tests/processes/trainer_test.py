@@ -41,3 +41,12 @@ def test_two_processes_train_as_one_and_stop_and_go_on_together(tmp_path):
         lambda mine, theirs: np.testing.assert_allclose(mine, theirs, atol=1e-4),
         *models,
     )
+
+
+def test_one_process_finds_the_plan_and_all_take_it(tmp_path):
+    small_runs.write_data(tmp_path)
+    first, second = launch(
+        runs.found_plan, str(tmp_path), num_processes=2, num_devices=2
+    )
+    assert first["origin"] == "search"
+    assert first == second
