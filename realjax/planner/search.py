@@ -23,6 +23,7 @@ from realjax.planner.exhaustive import best_of_all, relaxed
 from realjax.planner.options import CallOptions, Option
 from realjax.planner.simulate import Problem, price
 from realjax.planner.space import Space
+from realjax.planner.variants import Variants, best_variants
 
 CHAINS = 256
 MOVES_AT_A_TIME = 64
@@ -132,23 +133,32 @@ def search(
         if cost < best_cost:
             best_plan, best_cost = plan, cost
             history.append((time.monotonic() - begin, cost))
-    priced = price(space.problem, jnp.asarray([best_plan]))
-    limit = float(space.problem.memory_bytes)
-    if float(priced.memory_bytes[0]) > limit:
+    polished = _polished(space, best_plan)
+    if not polished.fits[0]:
+        limit = float(space.problem.memory_bytes)
         raise ValueError(
             f"No plan was found that fits: the best one takes"
-            f" {float(priced.memory_bytes[0]) / 2**30:.1f} GiB of a device, and it has"
+            f" {polished.memory_bytes[0] / 2**30:.1f} GiB of a device, and it has"
             f" {limit / 2**30:.1f}. Search longer, give more devices, or offload roles"
             " (config.roles.<role>.offload)."
         )
     return Found(
-        plan=tuple(int(number) for number in best_plan),
-        seconds=float(priced.seconds[0]),
-        memory_bytes=float(priced.memory_bytes[0]),
+        plan=polished.plans[0],
+        seconds=float(polished.seconds[0]),
+        memory_bytes=float(polished.memory_bytes[0]),
         lower_bound=lower_bound(space),
         num_priced=CHAINS * (moves + 1),
         history=tuple(history),
     )
+
+
+def _polished(space: Space, plan: np.ndarray) -> Variants:
+    """Give calls other strategies where they are, one by one, while that is better."""
+    choices = []
+    for number, options in zip(plan, space.options, strict=True):
+        allocation = options[int(number)].allocation
+        choices.append(options.numbers((allocation.devices[0], allocation.size)))
+    return best_variants(space, [choices], [plan.tolist()])
 
 
 def _places(space: Space) -> _Places:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from realjax.core.arrays import Array, Bool, Float, Int
 
@@ -137,6 +138,21 @@ def price(problem: Problem, plans: Int[Array, "P C"]) -> Priced:
     more = jnp.zeros((max(FEWEST - count, 0), plans.shape[1]), plans.dtype)
     found = _price(problem, jnp.concatenate([plans, more]))
     return jax.tree.map(lambda x: x[:count], found)
+
+
+def price_all(problem: Problem, plans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return seconds and bytes of any number of plans, some at a time.
+
+    Args:
+        problem: calls and options.
+        plans: [P, C], the number of each call's option.
+    """
+    parts = [
+        price(problem, jnp.asarray(plans[start : start + FEWEST], jnp.int32))
+        for start in range(0, len(plans), FEWEST)
+    ]
+    joined = lambda name: np.concatenate([getattr(part, name) for part in parts])
+    return joined("seconds"), joined("memory_bytes")
 
 
 @jax.jit
