@@ -15,7 +15,7 @@ import numpy as np
 
 from realjax.data.datasets import DataConfig
 from realjax.dataflow.graph import DataflowGraph, call, following
-from realjax.functions import Generate, Infer, Score, Train, Transform
+from realjax.functions import Follow, Generate, Infer, Score, Train, Transform
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import RoleConfig
 from realjax.functions.score import RewardFunction
@@ -45,7 +45,9 @@ def mixed(batch, *, keys, written, mask):
 
 def loss(output, batch, *, keys, mask):
     """Something with a gradient: weighted log-probabilities, or a squared error."""
-    target = sum(batch[key] for key in keys)
+    target = jnp.zeros(batch[mask].shape)
+    for key in keys:
+        target += batch[key]
     if output.ndim == 1:  # A score of each sequence.
         counts = batch[mask].any(axis=1)
         return Mean.over((output - target.mean(axis=1)) ** 2, counts), {}
@@ -201,8 +203,9 @@ def draw(seed: int, folder: pathlib.Path, *, is_small: bool = False):
             tokenizer=str(folder / "tokenizer"), model=model, optimizer=optimizer
         )
     for node in graph.calls.values():
-        if node.is_following:  # It needs its source's sizes.
+        if isinstance(node.function, Follow):  # It needs its source's sizes.
             source = roles[node.function.source]
+            assert node.role is not None
             roles[node.role] = dataclasses.replace(roles[node.role], model=source.model)
     kind = "prompts" if generates else "answers"
     config = RunConfig(
