@@ -19,7 +19,7 @@ from realjax.functions.role import Role
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.sharding import check_fit
 from realjax.planner.memory import Work
-from realjax.planner.simulate import FEWEST, price
+from realjax.planner.simulate import AXES, FEWEST, price
 from realjax.planner.space import Space
 from realjax.planner.strategies import Rules, ranges
 
@@ -89,27 +89,24 @@ def alternatives(space: Space, plan: Sequence[int], name: str) -> list[Alternati
         ValueError: no such call.
     """
     index = _index(space, name)
-    options = space.options[index]
-    best: dict[tuple, tuple] = {}
-    for start in range(0, len(options), FEWEST):
-        # The last ones again and again, so that one program prices all.
-        numbers = np.minimum(start + np.arange(FEWEST), len(options) - 1)
-        plans = np.tile(np.asarray(plan, np.int32), (FEWEST, 1))
+    count = len(space.options[index])
+    seconds, memory = np.empty(count), np.empty(count)
+    for start in range(0, count, FEWEST):
+        numbers = np.arange(start, min(start + FEWEST, count))
+        plans = np.tile(np.asarray(plan, np.int32), (len(numbers), 1))
         plans[:, index] = numbers
         found = price(space.problem, jnp.asarray(plans))
-        seconds, memory = np.asarray(found.seconds), np.asarray(found.memory_bytes)
-        places = np.asarray(space.problem.options.start[index])[numbers]
-        is_over = memory > float(space.problem.memory_bytes)
-        rank = np.where(is_over, memory, seconds)
-        for row, number in enumerate(numbers.tolist()):
-            allocation = options[number].allocation
-            key = int(places[row]), allocation.strategy
-            item = (bool(is_over[row]), float(rank[row]), number)
-            best[key] = min(best.get(key, item), item)
-    ordered = sorted(best.values())
+        seconds[numbers], memory[numbers] = found.seconds, found.memory_bytes
+    is_over = memory > float(space.problem.memory_bytes)
+    order = np.lexsort((np.where(is_over, memory, seconds), is_over))
+    table = space.problem.options
+    columns = (table.start, table.size, *(getattr(table, axis) for axis in AXES))
+    places = np.stack([np.asarray(column[index, :count]) for column in columns], axis=1)
+    # The first of each allocation, in order.
+    firsts = np.sort(np.unique(places[order], axis=0, return_index=True)[1])
     return [
-        alternative(space, _replaced(plan, index, number), name)
-        for _, _, number in ordered[:MOST_ALTERNATIVES]
+        alternative(space, _replaced(plan, index, int(number)), name)
+        for number in order[firsts[:MOST_ALTERNATIVES]]
     ]
 
 
