@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import rich.progress
+import rich.console
 
 from realjax.bench.environment import describe
 from realjax.bench.published_steps import PLANS, SIZES, Predictor, PublishedStep
@@ -54,10 +54,12 @@ def sweep(
         for policy in sizes
         for critic in sizes
     ]
-    rows = [
-        row_of(Predictor(step, coefficients, moves=moves, seed=seed))
-        for step in rich.progress.track(steps, "steps", transient=True)
-    ]
+    rows, console = [], rich.console.Console(stderr=True)
+    for step in steps:
+        row = row_of(Predictor(step, coefficients, moves=moves, seed=seed))
+        rows.append(row)
+        found = (str(row[plan].get("seconds", "–")) for plan in PLANS)
+        console.print(f"{step.policy}B {step.critic}B {step.gpus} GPUs:", *found)
     report = {
         "command": "python -m realjax.bench.published_steps --sweep",
         "environment": describe(),
