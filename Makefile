@@ -50,7 +50,7 @@ check: .venv/.dev  ## Format, lint, types, and the house rules
 
 check-gpu-compile: .venv/.dev .venv/.aot  ## Compile 8B steps for GPUs that are not there; check memory
 	$(PYTEST) -n 0 tests/gpu_compile_test.py tests/gpu_compile_weights_test.py \
-	  tests/gpu_kernels_test.py $(ARGS)
+	  tests/gpu_kernels_test.py tests/gpu_plans_test.py $(ARGS)
 
 fmt: .venv/.dev  ## Format, and fix what the linter can
 	$(BIN)/ruff format .
