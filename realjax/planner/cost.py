@@ -34,8 +34,10 @@ ADD_BYTES = 12
 
 # Numbers of a layer that a forward pass writes and reads again, for a token: of the
 # hidden width by norms and sums, of each width that tensor cuts by what is between two
-# products. The backward pass does so twice: for what it finds and for its gradients.
+# products. The backward pass has three times as many: what it finds, the gradients that
+# come and those that go.
 RESIDUAL_NUMBERS, CUT_NUMBERS = 10, 2
+BACKWARD_TRAFFIC = 3
 
 _ENGINE = Settings(slots=1)
 
@@ -289,7 +291,7 @@ def _packed(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
     # Parameters are gathered again, and sums over tensor are as in the forward pass.
     backward = forward._replace(
         products=forward.products * (2 + again),
-        memory=forward.memory * (2 + again),
+        memory=forward.memory * (BACKWARD_TRAFFIC + again),
         layers=forward.layers * (2 + again),
         link=forward.link * (1 + again),
         network=forward.network * (1 + again),
