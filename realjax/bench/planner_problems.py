@@ -78,6 +78,7 @@ def problem(
             num_rows=num_prompts or PROMPTS_PER_DEVICE * machine.num_devices,
             width=PROMPT_TOKENS + NEW_TOKENS,
             prompt_width=PROMPT_TOKENS,
+            device_kind=machine.device.kind,
         ),
         Lengths(
             prompt_tokens=PROMPT_TOKENS,
@@ -159,5 +160,5 @@ def _train():
 
 
 def _never(*arguments):
-    """Stand for arithmetic: nothing runs here."""
-    raise NotImplementedError
+    """Stand for arithmetic."""
+    raise AssertionError("Plans are made here, and none runs.")
