@@ -2,7 +2,8 @@
 
 Reading order: `masking` (means over tokens that count), `logprobs` and `sampling` (one
 definition of a log-probability), `rewards`, `advantages`, `normalization`, `kl`,
-`losses`, `importance` (a sampler that is not quite the policy in training).
+`losses`, `preferences` (losses on pairs), `importance` (a sampler that is not quite the
+policy in training).
 """
 
 from realjax.rl import (
@@ -13,6 +14,7 @@ from realjax.rl import (
     losses,
     masking,
     normalization,
+    preferences,
     rewards,
     sampling,
 )
@@ -33,6 +35,7 @@ __all__ = [
     "losses",
     "masking",
     "normalization",
+    "preferences",
     "rewards",
     "sampling",
 ]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from realjax.core.arrays import Array, Bool, Float
+from realjax.rl.masking import EPSILON
 
 
 def gae(
@@ -52,3 +53,89 @@ def gae(
         follow, (decays, deltas), reverse=True, axis=1
     )
     return advantages, jnp.where(mask, advantages + values, 0.0)
+
+
+def group_relative(
+    scores: Float[Array, "B"],
+    counts: Bool[Array, "B"],
+    *,
+    group_size: int,
+    is_scaled: bool = True,
+) -> Float[Array, "B"]:
+    """Return each score minus its group's mean, by default in units of its deviation.
+
+        A_i = (r_i - mean(r)) / (std(r) + 1e-5)
+
+    A group of one keeps its score, which nothing is known to compare with.
+
+    Sources: Shao et al. 2024 (GRPO), https://arxiv.org/abs/2402.03300, section 4.1.2;
+    not scaled, Liu et al. 2025 (Dr. GRPO), https://arxiv.org/abs/2503.20783.
+
+    Args:
+        scores: one per completion; those of a prompt follow each other.
+        counts: False for rows that only pad the batch.
+        group_size: completions of a prompt.
+        is_scaled: whether the deviation (biased, over those that count) divides.
+    """
+    if group_size == 1:
+        return jnp.where(counts, scores, 0.0)
+    scores, counts = _groups(scores, counts, group_size)
+    centred = _centred(scores, counts)
+    if is_scaled:
+        number = jnp.maximum(counts.sum(axis=1, keepdims=True), 1)
+        variance = jnp.square(centred).sum(axis=1, keepdims=True) / number
+        centred = centred / (jnp.sqrt(variance) + EPSILON)
+    return centred.reshape(-1)
+
+
+def leave_one_out(
+    scores: Float[Array, "B"], counts: Bool[Array, "B"], *, group_size: int
+) -> Float[Array, "B"]:
+    """Return each score minus the mean of the others of its group.
+
+        A_i = r_i - mean of r_j, j ≠ i    =    n / (n - 1) (r_i - mean(r))
+
+    Source: Kool et al. 2019; Ahmadian et al. 2024 (RLOO),
+    https://arxiv.org/abs/2402.14740, equation 8.
+
+    Args:
+        scores: one per completion; those of a prompt follow each other.
+        counts: False for rows that only pad the batch.
+        group_size: n, completions of a prompt, at least 2.
+
+    Raises:
+        ValueError: a group of one, which leaves no others.
+    """
+    if group_size < 2:
+        raise ValueError(
+            f"group_size is {group_size}; leaving one out needs at least 2 completions"
+            " of each prompt. Set completions_per_prompt."
+        )
+    scores, counts = _groups(scores, counts, group_size)
+    number = counts.sum(axis=1, keepdims=True)
+    centred = _centred(scores, counts) * number / jnp.maximum(number - 1, 1)
+    return centred.reshape(-1)
+
+
+def _groups(
+    scores: Float[Array, "B"], counts: Bool[Array, "B"], group_size: int
+) -> tuple[Float[Array, "P G"], Bool[Array, "P G"]]:
+    if scores.shape[0] % group_size:
+        raise ValueError(
+            f"{scores.shape[0]} scores do not split into groups of {group_size}. Each"
+            " prompt needs `group_size` completions in a row."
+        )
+    shape = (-1, group_size)
+    return scores.reshape(shape), counts.reshape(shape)
+
+
+def _centred(
+    scores: Float[Array, "P G"], counts: Bool[Array, "P G"]
+) -> Float[Array, "P G"]:
+    """Return scores minus their group's mean: exactly 0 where all are equal."""
+    # The rounded mean of equal numbers need not be that number.
+    origin = jnp.min(scores, axis=1, keepdims=True, initial=jnp.inf, where=counts)
+    distance = jnp.where(counts, scores - origin, 0.0)
+    number = jnp.maximum(counts.sum(axis=1, keepdims=True), 1)
+    mean = distance.sum(axis=1, keepdims=True) / number
+    return jnp.where(counts, distance - mean, 0.0)

@@ -37,6 +37,10 @@ def k3(
     return jnp.expm1(-x) + x
 
 
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+"""By name. In a loss, the gradient of k1 is that of no KL: it has mean 0."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KLControl:
     """The weight of the KL penalty, fixed or adaptive.

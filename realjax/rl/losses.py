@@ -15,23 +15,83 @@ def clipped_surrogate(
     advantages: Float[Array, "B T"],
     *,
     clip_ratio: float,
+    clip_higher: float | None = None,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Return PPO's policy loss per token, and where the clipped ratio decided it.
 
-        L_t = max(-A_t ρ_t, -A_t clip(ρ_t, 1 - ε, 1 + ε))    ρ_t = π(a_t) / π_old(a_t)
+        L_t = max(-A_t ρ_t, -A_t clip(ρ_t, 1 - ε, 1 + ε'))    ρ_t = π(a_t) / π_old(a_t)
 
-    Source: Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equation 7.
+    Sources: Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equation 7; ε' for
+    itself, Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476, equation 10.
 
     Args:
         logprobs: of the tokens, by the policy in training.
         old_logprobs: of the tokens, by the policy that sampled them.
         advantages: A_t.
         clip_ratio: ε.
+        clip_higher: ε'; None is ε.
     """
     ratio = jnp.exp(logprobs - old_logprobs)
-    near = jnp.clip(ratio, 1.0 - clip_ratio, 1.0 + clip_ratio)
+    highest = 1.0 + (clip_ratio if clip_higher is None else clip_higher)
+    near = jnp.clip(ratio, 1.0 - clip_ratio, highest)
     loss, clipped_loss = -advantages * ratio, -advantages * near
     return jnp.maximum(loss, clipped_loss), clipped_loss > loss
+
+
+def sequence_log_ratio(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+) -> Float[Array, "B T"]:
+    """Return log ρ of whole completions, per token of them, at each of their tokens.
+
+        s = (π(y) / π_old(y))^(1 / |y|)
+
+    Source: Zheng et al. 2025 (GSPO), https://arxiv.org/abs/2507.18071, equation 7.
+
+    Args:
+        logprobs: of the tokens, by the policy in training.
+        old_logprobs: of the tokens, by the policy that sampled them.
+        mask: completion tokens.
+    """
+    total = jnp.where(mask, logprobs - old_logprobs, 0.0).sum(axis=1, keepdims=True)
+    mean = total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+    return jnp.where(mask, mean, 0.0)
+
+
+def mean_of_tokens(
+    loss: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    over: Literal["tokens", "sequences", "constant"],
+    longest: int = 1,
+) -> Mean:
+    """Average a loss per token.
+
+        tokens      over all tokens: a long completion has more of a say (DAPO)
+        sequences   over each completion's own tokens, then over completions (GRPO)
+        constant    sums over completions, then over those, divided by their longest
+                    possible length (Dr. GRPO)
+
+    Sources: Yu et al. 2025, https://arxiv.org/abs/2503.14476, equation 12; Shao et al.
+    2024, https://arxiv.org/abs/2402.03300, equation 3; Liu et al. 2025,
+    https://arxiv.org/abs/2503.20783, section 3.1.
+
+    Args:
+        loss: of every token.
+        mask: completion tokens.
+        over: what the mean is over.
+        longest: tokens of a completion, at most; of "constant".
+    """
+    if over == "tokens":
+        return Mean.over(loss, mask)
+    if over not in ("sequences", "constant"):
+        raise ValueError(
+            f"over is {over!r}; it must be 'tokens', 'sequences' or 'constant'."
+        )
+    total = jnp.where(mask, loss, 0.0).sum(axis=1)
+    length = mask.sum(axis=1) if over == "sequences" else longest
+    return Mean.over(total / jnp.maximum(length, 1), mask.any(axis=1))
 
 
 def surrogate_metrics(

@@ -76,3 +76,23 @@ def token_rewards(
     is_last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
     kl_rewards = jnp.where(mask, -kl_coef * (logprobs - ref_logprobs), 0.0)
     return kl_rewards + jnp.where(is_last, scores[:, None], 0.0), kl_rewards
+
+
+def overlong_penalty(
+    lengths: Float[Array, "B"], *, longest: int, margin: int
+) -> Float[Array, "B"]:
+    """Return what comes off the score of completions that near the longest length.
+
+        0                            up to longest - margin tokens
+        (longest - margin - n) / margin    from there, down to -1 at the longest
+
+    Source: Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476, equation 13.
+
+    Args:
+        lengths: n, tokens of each completion.
+        longest: of any completion.
+        margin: tokens over which the penalty grows; 0 is no penalty.
+    """
+    if not margin:
+        return jnp.zeros_like(lengths)
+    return jnp.clip((longest - margin - lengths) / margin, -1.0, 0.0)
