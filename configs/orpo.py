@@ -4,8 +4,8 @@
         --config.paths.policy=FOLDER --config.paths.data=FOLDER
     python -m realjax.cli.train --config=configs/orpo.py:debug
 
-The data are those of dpo.py. Source of the settings: Hong et al. 2024, arXiv
-2403.07691, appendix C. Cost and result: not measured.
+The data are those of dpo.py. The method is that of Hong et al. 2024, arXiv 2403.07691;
+sizes and rates are ours. Cost and result: not measured.
 """
 
 from ml_collections import ConfigDict

@@ -4,8 +4,8 @@
         --config.paths.reward=FOLDER --config.paths.data=FOLDER
     python -m realjax.cli.train --config=configs/rloo.py:debug
 
-Models and data are those of grpo.py. Source of the settings: Ahmadian et al. 2024,
-arXiv 2402.14740, appendix C. Cost and result: not measured.
+Models and data are those of grpo.py. The method is that of Ahmadian et al. 2024, arXiv
+2402.14740; sizes and rates are ours. Cost and result: not measured.
 """
 
 from ml_collections import ConfigDict

@@ -27,8 +27,8 @@ def trained_roles(config):
     }
 
 
-# As `:debug` these run what sft.py, reward_model.py and ppo.py do.
-COPIES = ("compile_", "llama7b_")
+# As `:debug` these run about what others do.
+COPIES = ("compile_", "llama7b_", "orpo", "raft", "rloo")
 
 
 @pytest.mark.parametrize(

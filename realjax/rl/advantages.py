@@ -117,6 +117,29 @@ def leave_one_out(
     return centred.reshape(-1)
 
 
+def best_of_group(
+    scores: Float[Array, "B"],
+    counts: Bool[Array, "B"],
+    *,
+    group_size: int,
+    num_best: int = 1,
+) -> Bool[Array, "B"]:
+    """Tell which completions have the best scores of their group, exactly so many.
+
+    Of equal ones the first are taken.
+
+    Args:
+        scores: one per completion; those of a prompt follow each other.
+        counts: False for rows that only pad the batch: never among the best.
+        group_size: completions of a prompt.
+        num_best: of them.
+    """
+    scores, counts = _groups(scores, counts, group_size)
+    order = jnp.argsort(jnp.where(counts, -scores, jnp.inf), axis=1, stable=True)
+    rank = jnp.argsort(order, axis=1, stable=True)
+    return (counts & (rank < num_best)).reshape(-1)
+
+
 def _groups(
     scores: Float[Array, "B"], counts: Bool[Array, "B"], group_size: int
 ) -> tuple[Float[Array, "P G"], Bool[Array, "P G"]]:
