@@ -19,8 +19,9 @@ of 2^17 tokens), H100s in nodes of eight, and the plan:
                  sampler, a minibatch in twice as many parts as stages, full recompute,
                  reference and reward model in host memory between their calls
     symmetric    the fastest strategy that all calls can have on all devices
-    searched     the best plan of a search; beside it the best of ReaL's own options
-                 (data, tensor and stage, generation in stages, and its microbatches)
+    searched     the best plan of two searches: among our options, as our runs take
+                 them, and among ReaL's (data, tensor and stage, halves of a node, also
+                 generation in stages), as ReaL runs them; says which, and gives both
 
 The third does so for all sizes on 8 to 128 GPUs, where they fit, and draws how much
 shorter steps of searched plans are than the template's. All prints end in one line of
@@ -176,13 +177,16 @@ def graph(new_tokens: int) -> DataflowGraph:
     return ppo.graph(ppo.PPO(sampling=sampling, minibatches=MINIBATCHES))
 
 
-def reals_call(step: PublishedStep, name: str, allocation: Allocation) -> Quantities:
+def reals_call(
+    step: PublishedStep, name: str, allocation: Allocation, *, reloads: bool = True
+) -> Quantities:
     """Return what a call takes as ReaL runs it.
 
     Args:
         step: sizes and lengths.
         name: of the call.
         allocation: its devices and strategy.
+        reloads: whether it brings back a role that waits in host memory.
     """
     node = graph(step.new_tokens).calls[name]
     assert node.role is not None
@@ -206,8 +210,7 @@ def reals_call(step: PublishedStep, name: str, allocation: Allocation) -> Quanti
             work, microbatch_tokens=math.ceil(tokens), pieces=pieces
         )
     found = quantities(work, allocation, step.cluster)
-    if node.role not in graph(step.new_tokens).trained_roles:
-        # It waits in host memory between its calls.
+    if reloads and node.role not in graph(step.new_tokens).trained_roles:
         held = work.itemsize * work.model.num_parameters * allocation.data
         rate = allocation.size * step.cluster.device.host_bytes_per_second
         found = found.plus(Quantities(host=held / rate))
@@ -236,11 +239,14 @@ def space_of(
     Raises:
         ValueError: a call fits nowhere.
     """
-    dataflow = graph(step.new_tokens)
+    dataflow, is_real = graph(step.new_tokens), rules == REAL
     roles = {
         name: Role(
             name=name,
-            config=RoleConfig(remat="block"),
+            config=RoleConfig(
+                remat="block",
+                offload=is_real and name not in dataflow.trained_roles,
+            ),
             model=step.model(name),
             eos_ids=(2,),
             dtype="bfloat16",
@@ -253,9 +259,11 @@ def space_of(
         width=step.prompt_tokens + step.new_tokens,
         prompt_width=step.prompt_tokens,
     )
+    # ReaL's pipelines never hold more than half of a minibatch's pieces.
+    half = step.batch * work.width // (2 * MINIBATCHES)
     space = make_space(
         *(dataflow, roles, work, step.lengths, step.cluster, coefficients),
-        microbatch_tokens=MICROBATCH_TOKENS * step.gpus,
+        microbatch_tokens=half if is_real else MICROBATCH_TOKENS * step.gpus,
         rules=rules,
     )
     return _rounded(space)
@@ -274,7 +282,8 @@ def reals_space(step: PublishedStep, coefficients: Coefficients) -> Space:
         for size, of_size in options.shapes.items():
             priced = []
             for option in of_size:
-                needs = reals_call(step, name, option.allocation)
+                # What comes back from the host is priced with the plan.
+                needs = reals_call(step, name, option.allocation, reloads=False)
                 seconds = coefficients.seconds(needs)
                 priced.append(
                     dataclasses.replace(option, quantities=needs, seconds=seconds)
@@ -346,20 +355,23 @@ class Predictor:
         return {"seconds": best, "allocation": next(iter(chosen.values())).strategy}
 
     def searched(self) -> dict[str, Any]:
-        """Predict the best plan of a search.
+        """Predict the better one of the best plans of two searches.
 
         Raises:
             ValueError: none fits.
         """
-        return self._searched(self.space)
-
-    def searched_as_real(self) -> dict[str, Any]:
-        """Predict the best plan of a search among ReaL's options.
-
-        Raises:
-            ValueError: none fits.
-        """
-        return self._searched(self.reals)
+        found, errors = {}, []
+        for name in ("ours", "reals"):
+            try:
+                space = self.space if name == "ours" else self.reals
+                found[name] = self._searched(space)
+            except ValueError as error:
+                errors.append(error)
+        if not found:
+            raise errors[0]
+        best = min(found, key=lambda name: found[name]["seconds"])
+        of_each = {f"of_{name}": one for name, one in found.items()}
+        return {"seconds": found[best]["seconds"], "options": best} | of_each
 
     def _searched(self, space: Space) -> dict[str, Any]:
         """Search from what rules of thumb give."""
@@ -467,8 +479,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=options.seed,
         )
         found = getattr(predictor, options.plan)()
-        if options.plan == "searched":
-            found["of_reals_options"] = predictor.searched_as_real()
         report = dataclasses.asdict(step) | {"plan": options.plan} | found
     else:
         report = fitted(read_rows(options.rows))

@@ -94,6 +94,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     fitting = [row for row in rows if "seconds" in row["searched"]]
     gains = [gain(row) for row in fitting]
+    ours = [
+        1 - row["searched"]["of_ours"]["seconds"] / row["template"]["seconds"]
+        for row in fitting
+        if "of_ours" in row["searched"]
+    ]
     slower = {
         plan: [
             {key: row[key] for key in ("policy", "critic", "gpus")}
@@ -107,6 +112,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "num_fitting": len(fitting),
         "mean_gain_over_template": float(np.mean(gains)) if gains else None,
         "least_gain_over_template": min(gains, default=None),
+        "mean_gain_of_our_options": float(np.mean(ours)) if ours else None,
+        "num_best_of_our_options": sum(
+            row["searched"]["options"] == "ours" for row in fitting
+        ),
+        "num_our_options_slower_than_template": sum(gain < 0 for gain in ours),
         "slower_than": slower,
     }
 

@@ -4,13 +4,12 @@ import dataclasses
 import functools
 import json
 
-import jax.numpy as jnp
 import pytest
 
 from realjax.bench import published_steps as bench
 from realjax.bench import published_sweep
 from realjax.bench.published_steps import Predictor, PublishedStep
-from realjax.planner.simulate import price
+from realjax.planner.heuristic import templates
 
 SMALL = PublishedStep(policy=7, critic=7, new_tokens=384, gpus=8)
 
@@ -65,10 +64,12 @@ def test_the_command_predicts_any_row(capsys):
 
 def test_simulated_the_template_takes_its_calls_one_after_another():
     space = bench.reals_space(SMALL, coefficients())
-    plan = [space.number_of(name, SMALL.template) for name in space.names]
-    found = price(space.problem, jnp.asarray([plan]))
+    sequential, _ = templates(space)
+    assert sequential.is_fitting
+    strategies = {place.strategy for place in space.chosen(sequential.plan).values()}
+    assert strategies == {"t8"}
     seconds = Predictor(SMALL, coefficients()).template()["seconds"]
-    assert float(found.seconds[0]) == pytest.approx(seconds, rel=0.02)
+    assert sequential.seconds == pytest.approx(seconds, rel=0.02)
 
 
 def test_a_searched_plan_is_no_slower_than_the_others():
@@ -91,7 +92,10 @@ def test_nor_is_one_of_larger_models(policy, critic, gpus):
 
 def a_row(policy, critic, searched):
     step = PublishedStep(policy=policy, critic=critic)
-    found = {"seconds": searched} if searched else {"does_not_fit": "70 GiB"}
+    found = {"does_not_fit": "70 GiB"}
+    if searched:
+        ours, reals = {"seconds": searched}, {"seconds": searched + 1}
+        found = ours | {"options": "ours", "of_ours": ours, "of_reals": reals}
     return dataclasses.asdict(step) | {
         "template": {"seconds": 40.0},
         "symmetric": {"seconds": 30.0},
@@ -105,6 +109,8 @@ def test_a_sweep_says_where_a_searched_plan_is_slower():
     assert (found["num_steps"], found["num_fitting"]) == (3, 2)
     assert found["mean_gain_over_template"] == pytest.approx((0.5 + 0.2) / 2)
     assert found["least_gain_over_template"] == pytest.approx(0.2)
+    assert found["num_best_of_our_options"] == 2
+    assert found["num_our_options_slower_than_template"] == 0
     assert found["slower_than"]["template"] == []
     assert found["slower_than"]["symmetric"] == [{"policy": 7, "critic": 13, "gpus": 8}]
     drawn = published_sweep.picture(rows)
