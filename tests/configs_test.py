@@ -28,7 +28,7 @@ def trained_roles(config):
 
 
 # As `:debug` these run about what others do.
-COPIES = ("compile_", "llama7b_", "orpo", "raft", "rloo")
+COPIES = ("compile_", "llama7b_", "orpo", "raft", "reinforce_pp", "rloo")
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,8 @@ def advantages(batch, *, hp: ReMax):
     }
     if hp.kl_coef:
         kl = rl.kl.k1(batch["old_logprobs"], batch["ref_logprobs"])
-        kl = jnp.where(mask, kl, 0.0)
-        metrics["objective/kl"] = Mean.over(kl.sum(axis=1), counts)
-        to_come = jnp.flip(jnp.cumsum(jnp.flip(kl, axis=1), axis=1), axis=1)
-        estimates -= jnp.where(mask, hp.kl_coef * to_come, 0.0)
+        metrics["objective/kl"] = Mean.over(jnp.where(mask, kl, 0.0).sum(1), counts)
+        estimates -= hp.kl_coef * rl.advantages.to_come(kl, mask)
     return {"advantages": estimates}, metrics
 
 

@@ -55,6 +55,17 @@ def gae(
     return advantages, jnp.where(mask, advantages + values, 0.0)
 
 
+def to_come(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """Return at each token of the mask the sum of x over it and those after it.
+
+    Args:
+        x: of every token.
+        mask: completion tokens; elsewhere the sum is 0.
+    """
+    x = jnp.flip(jnp.where(mask, x, 0.0), axis=1)
+    return jnp.where(mask, jnp.flip(jnp.cumsum(x, axis=1), axis=1), 0.0)
+
+
 def group_relative(
     scores: Float[Array, "B"],
     counts: Bool[Array, "B"],

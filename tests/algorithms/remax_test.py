@@ -1,11 +1,13 @@
-"""Tests of `remax.py` and `raft.py`: arithmetic against NumPy, and what must hold."""
+"""Tests of `remax.py`, `raft.py` and `reinforce_pp.py`: against NumPy, and each other."""
+
+import functools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from realjax import rl
-from realjax.algorithms import raft, remax, rloo
+from realjax.algorithms import raft, reinforce_pp, remax, rloo
 from tests.algorithms.oracles import as_arrays, check, logprobs_like, ragged
 
 
@@ -118,3 +120,34 @@ def test_raft_that_keeps_all_is_supervised_fine_tuning_on_its_samples():
         ValueError, match=r"num_kept is 3 of completions_per_prompt = 2"
     ):
         raft.RAFT(completions_per_prompt=2, num_kept=3)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_reinforce_pp_is_its_formula(group):
+    batch = rollout()
+    hp = reinforce_pp.ReinforcePP(kl_coef=0.3, completions_per_prompt=group)
+    mask, plain = batch["completion_mask"], np.zeros(batch["old_logprobs"].shape)
+    for row in range(5):
+        first = row // group * group
+        others = [r for r in range(first, first + group) if r < 5]
+        baseline = np.mean(batch["scores"][others]) if group > 1 else 0.0
+        kl = batch["old_logprobs"][row] - batch["ref_logprobs"][row]
+        for t in np.flatnonzero(mask[row]):
+            to_come = kl[t:][mask[row][t:]].sum()
+            plain[row, t] = batch["scores"][row] - baseline - 0.3 * to_come
+    real = plain[mask]
+    expected = np.where(mask, (plain - real.mean()) / (real.std() + 1e-5), 0.0)
+    outputs, _ = reinforce_pp.advantages(as_arrays(batch), hp=hp)
+    np.testing.assert_allclose(outputs["advantages"], expected, rtol=1e-3, atol=1e-5)
+    batch |= {"advantages": expected, "entropy": np.zeros(mask.shape)}
+
+    def oracle(logprobs, batch):
+        ratio = np.exp(logprobs - batch["old_logprobs"])
+        near = np.clip(ratio, 0.8, 1.2)
+        return -np.minimum(ratio * expected, near * expected)[mask].mean()
+
+    moved = batch["old_logprobs"] + 0.3 * np.random.default_rng(3).normal(
+        size=mask.shape
+    )
+    bound = functools.partial(reinforce_pp.policy_loss, hp=hp)
+    check(bound, oracle, moved, batch)
