@@ -1,4 +1,4 @@
-"""Tests of `remax.py`, `raft.py` and `reinforce_pp.py`: against NumPy, and each other."""
+"""Tests of `remax.py`, `raft.py` and `reinforce_pp.py`: against NumPy."""
 
 import functools
 
