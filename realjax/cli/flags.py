@@ -120,8 +120,15 @@ def use_compilation_cache() -> None:
 
 def use_cpu_devices(count: int) -> None:
     """Splits the CPU into virtual devices, where that was not settled before."""
-    if count and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    xla_flags = os.environ.get("XLA_FLAGS", "")
+    if count and "host_platform_device_count" not in xla_flags:
         jax.config.update("jax_num_cpu_devices", count)
+    if count and "collective_call" not in xla_flags:
+        # They share few cores, perhaps with a compiler: a late one is not a deadlock.
+        os.environ["XLA_FLAGS"] = (
+            f"{xla_flags} --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
+            " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+        )
 
 
 def _parse(declare: Declare, arguments: list[str]) -> flags.FlagValues:
