@@ -82,7 +82,9 @@ class Problem(NamedTuple):
         casts: whether a call needs them in another type than they have there.
         shares: whether call i can take the copy that call j < i had, if it lies as
             call i needs it: of the same role, not changed in between.
-        is_serial: whether calls wait for each other wherever they are.
+        is_serial: whether calls wait for each other wherever they are, if one of them
+            has several devices.
+        concurrent_devices: of a node, whose copies truly run at the same time.
         devices_per_node: a copy between nodes goes over the network.
         memory, link, network, host: seconds a byte.
         hop_seconds: of a copy, beside its bytes.
@@ -95,6 +97,7 @@ class Problem(NamedTuple):
     casts: Bool[Array, "C"]
     shares: Bool[Array, "C C"]
     is_serial: Bool[Array, ""]
+    concurrent_devices: Int[Array, ""]
     devices_per_node: Int[Array, ""]
     memory: Float[Array, ""]
     link: Float[Array, ""]
@@ -201,6 +204,7 @@ def _choose(problem: Problem, plans: Int[Array, "C P"]) -> _Chosen:
     meets = (options.start[:, None] < stop[None]) & (
         options.start[None] < stop[:, None]
     )
+    has_several = (options.size[:, None] > 1) | (options.size[None] > 1)
     places = [options.start, options.size, *(getattr(options, axis) for axis in AXES)]
     is_same = functools.reduce(jnp.logical_and, [x[:, None] == x[None] for x in places])
     is_there = is_same[calls, problem.home] & ~problem.casts[:, None]
@@ -210,7 +214,7 @@ def _choose(problem: Problem, plans: Int[Array, "C P"]) -> _Chosen:
     return _Chosen(
         options=options,
         home=home,
-        meets=meets | problem.is_serial,
+        meets=meets | (problem.is_serial & has_several),
         makes=needs & ~takes.any(1),
         last=last,
     )
@@ -295,7 +299,9 @@ def _copy_seconds(problem: Problem, chosen: _Chosen) -> Float[Array, "C P"]:
     loads = copy_loads(chosen.home, chosen.options, problem.devices_per_node)
     size = chosen.options.copy_bytes
     shared = loads.across * problem.network + loads.within * problem.link
-    return size * (shared + 2 * problem.memory) + problem.hop_seconds
+    seconds = size * (shared + 2 * problem.memory) + problem.hop_seconds
+    devices = jnp.minimum(chosen.options.size, problem.devices_per_node)
+    return seconds * jnp.maximum(devices / problem.concurrent_devices, 1.0)
 
 
 class CopyLoads(NamedTuple):
