@@ -11,7 +11,7 @@ Models and data are those of grpo.py. The method is that of Hu et al. 2025, arXi
 
 from ml_collections import ConfigDict
 
-from realjax.algorithms.reinforce_pp import ReinforcePP
+from realjax.algorithms.reinforce_pp import ReinforcePlusPlus
 from realjax.core.config import check_choice, config_dict
 from realjax.data.datasets import DataConfig
 from realjax.functions.optimizer import OptimizerConfig
@@ -44,7 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
             evaluation=EvaluationConfig(every_steps=50),
         )
     )
-    config.hp = config_dict(ReinforcePP(sampling=Sampling(max_new_tokens=512)))
+    config.hp = config_dict(ReinforcePlusPlus(sampling=Sampling(max_new_tokens=512)))
     config.paths = ConfigDict({"policy": "", "reward": "", "data": ""})
     if variant == "debug":
         debug(config)

@@ -20,7 +20,7 @@ from realjax.rl import Mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReinforcePP:
+class ReinforcePlusPlus:
     """Hyperparameters.
 
     Attributes:
@@ -50,10 +50,10 @@ class ReinforcePP:
         check_least(self, 0, "kl_coef", "clip_ratio")
 
 
-HYPERPARAMETERS = ReinforcePP
+HYPERPARAMETERS = ReinforcePlusPlus
 
 
-def advantages(batch, *, hp: ReinforcePP):
+def advantages(batch, *, hp: ReinforcePlusPlus):
     """Score, less the KL still to come (equation 9), whitened over all tokens."""
     mask = batch["completion_mask"]
     counts = mask.any(axis=1)  # False on rows that only pad the batch.
@@ -70,7 +70,7 @@ def advantages(batch, *, hp: ReinforcePP):
     return {"advantages": rl.masking.whiten(estimates, mask)}, metrics
 
 
-def policy_loss(logprobs, batch, *, hp: ReinforcePP):
+def policy_loss(logprobs, batch, *, hp: ReinforcePlusPlus):
     """Clipped surrogate, a mean over completion tokens."""
     mask, old_logprobs = batch["completion_mask"], batch["old_logprobs"]
     loss, clipped = rl.losses.clipped_surrogate(
@@ -83,7 +83,7 @@ def policy_loss(logprobs, batch, *, hp: ReinforcePP):
     return Mean.over(loss, mask), metrics
 
 
-def graph(hp: ReinforcePP) -> DataflowGraph:
+def graph(hp: ReinforcePlusPlus) -> DataflowGraph:
     """Rollout, reward, reference (unless `kl_coef` is 0), advantages, training."""
     generate = functions.Generate(
         sampling=hp.sampling,

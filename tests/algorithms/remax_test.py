@@ -125,7 +125,7 @@ def test_raft_that_keeps_all_is_supervised_fine_tuning_on_its_samples():
 @pytest.mark.parametrize("group", [1, 2])
 def test_reinforce_pp_is_its_formula(group):
     batch = rollout()
-    hp = reinforce_pp.ReinforcePP(kl_coef=0.3, completions_per_prompt=group)
+    hp = reinforce_pp.ReinforcePlusPlus(kl_coef=0.3, completions_per_prompt=group)
     mask, plain = batch["completion_mask"], np.zeros(batch["old_logprobs"].shape)
     for row in range(5):
         first = row // group * group

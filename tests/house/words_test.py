@@ -36,8 +36,8 @@ SYNONYMS = {
 }
 # `x_ref` is Pallas for a reference to memory, so only realjax/ is asked.
 ROLE_SYNONYMS = {"ref": "reference"}
-# The one short form of the vocabulary.
-ALLOWED = {"ref_logprobs", "ref_logprob"}
+# The one short form of the vocabulary, and a name that others gave ("plus plus").
+ALLOWED = {"ref_logprobs", "ref_logprob", "reinforce_pp"}
 
 PYTHON_FOLDERS = ("realjax", "pallas_kernels", "configs")
 PYTHON = sorted(
