@@ -70,9 +70,16 @@ def sweep(
         "rows": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "published_sweep.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "published_sweep.json").write_text(_by_line(report))
     (folder / "published_sweep.svg").write_text(picture(rows) + "\n")
     return report["summary"]
+
+
+def _by_line(report: dict[str, Any]) -> str:
+    """Write JSON with a line for each field, and for each row."""
+    rows = ",\n".join(json.dumps(row) for row in report["rows"])
+    fields = (f'"{k}": {json.dumps(v)}' for k, v in report.items() if k != "rows")
+    return "{\n" + ",\n".join(fields) + f',\n"rows": [\n{rows}\n]\n}}\n'
 
 
 def row_of(predictor: Predictor) -> dict[str, Any]:
