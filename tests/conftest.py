@@ -34,6 +34,8 @@ _ENVIRONMENT = {
     "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(_USER_CACHE) / "realjax" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # A profile of this machine would change which plans are found.
+    "REALJAX_PROFILES": str(pathlib.Path(_USER_CACHE) / "realjax" / "none"),
     # Figures go to files.
     "MPLBACKEND": "agg",
     # Tests use what is in the repository; a name of the hub is an error at once.

@@ -17,6 +17,8 @@ of the step before.
     --explain       why a call has no other allocation: the best plans that differ in
                     this call, or the best plan that has it elsewhere, or what forbids
                     that
+    --compile_for   devices that need not be there (h100x8): every call is compiled for
+                    them, and its memory set beside what is expected
     --measured      a run's folder: its medians beside what is expected here
 
 Seconds are those of a model of the machine, with --coefficients (a JSON file) or those
@@ -37,6 +39,7 @@ import rich
 import rich.table
 from absl import flags
 
+from pallas_kernels.testing import aot
 from realjax.cli import flags as cli_flags
 from realjax.cli import plan_explained
 from realjax.cli.compile import run_config
@@ -47,6 +50,7 @@ from realjax.parallel.allocation import Allocation
 from realjax.planner.cluster import Cluster
 from realjax.planner.coefficients import coefficients_of
 from realjax.planner.cost import Coefficients
+from realjax.planner.fitting import until_it_fits
 from realjax.planner.heuristic import template_plan
 from realjax.planner.memory import fit_pools, memory_account
 from realjax.planner.search import Found, search, tight_lower_bound
@@ -54,12 +58,17 @@ from realjax.planner.simulate import price
 from realjax.planner.space import Space, make_space
 from realjax.planner.symmetric import symmetric_plans
 from realjax.planner.timeline import plan_timeline, timeline_svg, write_trace
-from realjax.runtime.given_plans import microbatch_tokens
+from realjax.runtime.confirming import confirmed
+from realjax.runtime.given_plans import (
+    fixed_allocations,
+    microbatch_tokens,
+    wishes_of,
+)
 from realjax.runtime.plan_choice import Setting, padded_roles
 from realjax.runtime.planning import described_setting
+from realjax.runtime.run_config import RunConfig
 
 _GIB = 2**30
-_TRIES = 6
 _WARM_UP_STEPS = 2
 
 
@@ -84,6 +93,7 @@ def declare(values: flags.FlagValues, arguments: list[str]) -> list[str]:
     flags.DEFINE_string("trace", "", "File for ui.perfetto.dev.", **add)
     flags.DEFINE_string("json", "", "File for the plan.", **add)
     flags.DEFINE_string("explain", "", "A call, or call=allocation.", **add)
+    flags.DEFINE_string("compile_for", "", "Described devices, as h100x8.", **add)
     flags.DEFINE_string("measured", "", "Folder of a run to compare with.", **add)
     return rest
 
@@ -113,6 +123,9 @@ def main(values: flags.FlagValues) -> int:
         report["measured"] = measured = read_measured(values.measured)
         print_measured(report, measured)
     write_files(values, planning.space, found, account)
+    if values.compile_for:
+        plan = planning.space.execution_plan(found.plan)
+        report["compiled"] = compiled(planning.config, plan, values.compile_for)
     if values.explain:
         planning.explain(values.explain, found)
     print(json.dumps(report))
@@ -140,16 +153,20 @@ class Planning:
         if values.coefficients:
             self.coefficients = read_coefficients(values.coefficients)
             self.source = values.coefficients
+        graph = self.setting.graph
+        self.fixed = fixed_allocations(self.config, graph, cluster)
+        self.wishes = wishes_of(self.config, graph, cluster)
         self.space = self.make_space({})
 
     def make_space(self, fixed: Mapping[str, Allocation]) -> Space:
-        """List the plans in which some calls have a given allocation."""
+        """List the plans in which some more calls have a given allocation."""
         setting = self.setting
         return make_space(
             *(setting.graph, setting.roles, setting.work, setting.lengths),
             *(setting.cluster, self.coefficients),
             microbatch_tokens=microbatch_tokens(self.config, setting.cluster),
-            fixed=fixed,
+            fixed={**self.fixed, **fixed},
+            wishes=self.wishes,
         )
 
     def given(self) -> list[tuple[int, ...]]:
@@ -186,21 +203,19 @@ class Planning:
             ValueError: none fits.
         """
         space = space or self.space
-        limit = float(space.problem.memory_bytes)
-        for _ in range(_TRIES):
-            problem = space.problem._replace(memory_bytes=jnp.float32(limit))
-            found = search(
-                dataclasses.replace(space, problem=problem),
-                seconds=self.values.seconds,
-                seed=self.values.seed,
-                starts=starts,
+        find = lambda space: search(
+            space, seconds=self.values.seconds, seed=self.values.seed, starts=starts
+        )
+        count = lambda found: self.account(space, found.plan)
+        found = until_it_fits(space, find, count)
+        if found is None:
+            find(space)  # Says so, if the simulator finds none.
+            raise ValueError(
+                f"Plans were found that fit {space.cluster.name} by the simulator, and"
+                " none by the account of its schedule. Search longer, or give more"
+                " devices."
             )
-            account = self.account(space, found.plan)
-            if account.fits:
-                return found, account
-            limit *= 0.98 * account.limit_bytes / float(account.peak_bytes.max())
-        account.check()
-        raise AssertionError
+        return found, count(found)
 
     def account(self, space: Space, plan: Sequence[int]) -> Account:
         """Count the memory of a plan's schedule."""
@@ -275,6 +290,33 @@ def read_measured(workdir: str) -> dict[str, float]:
             found[name.removeprefix("timing_s/")] = float(np.median(known))
     if not found:
         raise ValueError(f"The metrics of {workdir} hold no seconds of calls.")
+    return found
+
+
+def compiled(
+    config: RunConfig, plan: ExecutionPlan, described: str
+) -> list[dict[str, Any]]:
+    """Compile a plan's calls for devices that are not there; print a line a call.
+
+    Raises:
+        ValueError: devices that cannot be described here.
+    """
+    try:
+        machine = aot.describe(described)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise ValueError(f"--compile_for={described}: {error}") from None
+    # A program from the cache would not say what it needs.
+    jax.config.update("jax_enable_compilation_cache", False)
+    table = rich.table.Table(title=f"GiB of one device, compiled for {described}")
+    for column in ("call", "expected", "compiled", "fullest device", "limit"):
+        table.add_column(column, justify="left" if column == "call" else "right")
+    found = []
+    for one in confirmed(config, plan, machine):
+        sizes = (one.predicted_bytes, one.compiled_bytes, one.peak_bytes)
+        shown = (f"{size / _GIB:.2f}" for size in (*sizes, one.limit_bytes))
+        table.add_row(one.call, *shown, style=None if one.fits else "red")
+        found.append(one.as_dict())
+    rich.print(table)
     return found
 
 

@@ -78,13 +78,15 @@ class Cluster:
                 )
 
     def turns(self, num_devices: int) -> float:
-        """How many times longer each of some devices takes than if it ran alone.
+        """How many times longer each of some devices takes than on a core of its own.
+
+        Below 1 where there are more cores than devices: a program takes them all.
 
         Args:
             num_devices: that work at the same time, on nodes filled one by one.
         """
         of_node = min(num_devices, self.devices_per_node)
-        return max(1.0, of_node / (self.concurrent_devices or of_node))
+        return of_node / (self.concurrent_devices or of_node)
 
     @property
     def num_devices(self) -> int:

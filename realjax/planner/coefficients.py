@@ -4,8 +4,9 @@
     coefficients_of(cluster).coefficients    these, or the defaults
     coefficients_of(cluster).source          and which of the two
 
-Files are in the user's cache folder, one for each kind of device and each version of
-JAX and of this package: another version compiles to other programs.
+Files are in the user's cache folder, or where the variable REALJAX_PROFILES says, one
+for each kind of device and each version of JAX and of this package: another version
+compiles to other programs.
 """
 
 import dataclasses
@@ -36,6 +37,9 @@ DATA_SHEET = Coefficients(
     program_seconds=0.0,
 )
 
+ROUNDS = 30
+"""Of a fit, each from what the one before predicts."""
+
 
 def fit(
     measured: Sequence[tuple[Quantities, float]],
@@ -46,9 +50,10 @@ def fit(
 ) -> Coefficients:
     """Find the coefficients that explain measured seconds.
 
-    Least squares of relative errors. What the measurements say nothing of keeps to the
-    prior: a coefficient that is off by its own size costs as much as an error of
-    `trust` in one measurement.
+    Least squares of log(predicted / measured), so that half and twice are as wrong as
+    each other: with errors relative to what was measured the fit would be too short.
+    What the measurements say nothing of keeps to the prior: a coefficient that is off
+    by its own size costs as much as an error of `trust` in one measurement.
 
     Args:
         measured: what was done, and its seconds.
@@ -69,13 +74,16 @@ def fit(
     bounds = np.zeros(len(start)) if least is None else dataclasses.astuple(least)
     rows = np.asarray([q for q, _ in measured], np.float64)
     seconds = np.asarray([s for _, s in measured], np.float64)
-    # In units of the prior: every coefficient is about 1.
-    matrix = rows * start / seconds[:, None]
     pull = trust * np.eye(len(start))
-    system = np.concatenate([matrix, pull])
-    wanted = np.concatenate([np.ones(len(seconds)), trust * np.ones(len(start))])
-    lower = np.asarray(bounds) / start
-    found = lsq_linear(system, wanted, (lower, np.inf), method="bvls").x
+    lower, predicted = np.asarray(bounds) / start, seconds
+    for _ in range(ROUNDS):
+        # A logarithm is a straight line near what was predicted before (Gauss-Newton).
+        off = np.clip(np.log(predicted / seconds), -1.0, 1.0)
+        # In units of the prior: every coefficient is about 1.
+        system = np.concatenate([rows * start / predicted[:, None], pull])
+        wanted = np.concatenate([1.0 - off, trust * np.ones(len(start))])
+        found = lsq_linear(system, wanted, (lower, np.inf), method="bvls").x
+        predicted = np.maximum(rows @ (start * found), 1e-3 * seconds)
     names = [field.name for field in dataclasses.fields(Coefficients)]
     return Coefficients(**dict(zip(names, map(float, found * start), strict=True)))
 
@@ -178,7 +186,9 @@ class Known:
 
 
 def profiles_folder() -> pathlib.Path:
-    """Return where profiles are kept: `realjax/profiles` of the user's cache folder."""
+    """Return where profiles are kept: by default in the user's cache folder."""
+    if given := os.environ.get("REALJAX_PROFILES"):
+        return pathlib.Path(given)
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return home / "realjax" / "profiles"
 

@@ -82,9 +82,8 @@ class Problem(NamedTuple):
         casts: whether a call needs them in another type than they have there.
         shares: whether call i can take the copy that call j < i had, if it lies as
             call i needs it: of the same role, not changed in between.
-        is_serial: whether calls wait for each other wherever they are, if one of them
-            has several devices.
-        concurrent_devices: of a node, whose copies truly run at the same time.
+        is_serial: whether calls wait for each other wherever they are.
+        concurrent_devices: of a node, whose work truly runs at the same time; 0 is all.
         devices_per_node: a copy between nodes goes over the network.
         memory, link, network, host: seconds a byte.
         hop_seconds: of a copy, beside its bytes.
@@ -204,7 +203,6 @@ def _choose(problem: Problem, plans: Int[Array, "C P"]) -> _Chosen:
     meets = (options.start[:, None] < stop[None]) & (
         options.start[None] < stop[:, None]
     )
-    has_several = (options.size[:, None] > 1) | (options.size[None] > 1)
     places = [options.start, options.size, *(getattr(options, axis) for axis in AXES)]
     is_same = functools.reduce(jnp.logical_and, [x[:, None] == x[None] for x in places])
     is_there = is_same[calls, problem.home] & ~problem.casts[:, None]
@@ -214,7 +212,7 @@ def _choose(problem: Problem, plans: Int[Array, "C P"]) -> _Chosen:
     return _Chosen(
         options=options,
         home=home,
-        meets=meets | (problem.is_serial & has_several),
+        meets=meets | problem.is_serial,
         makes=needs & ~takes.any(1),
         last=last,
     )
@@ -301,7 +299,8 @@ def _copy_seconds(problem: Problem, chosen: _Chosen) -> Float[Array, "C P"]:
     shared = loads.across * problem.network + loads.within * problem.link
     seconds = size * (shared + 2 * problem.memory) + problem.hop_seconds
     devices = jnp.minimum(chosen.options.size, problem.devices_per_node)
-    return seconds * jnp.maximum(devices / problem.concurrent_devices, 1.0)
+    has_turns = problem.concurrent_devices > 0
+    return seconds * jnp.where(has_turns, devices / problem.concurrent_devices, 1.0)
 
 
 class CopyLoads(NamedTuple):

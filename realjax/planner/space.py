@@ -311,9 +311,7 @@ def _problem(
         casts=jnp.asarray(casts),
         shares=jnp.asarray(shares),
         is_serial=jnp.asarray(cluster.is_serial),
-        concurrent_devices=jnp.asarray(
-            cluster.concurrent_devices or cluster.devices_per_node, jnp.int32
-        ),
+        concurrent_devices=jnp.asarray(cluster.concurrent_devices, jnp.int32),
         devices_per_node=jnp.asarray(cluster.devices_per_node, jnp.int32),
         memory=as_float(coefficients.memory / device.bytes_per_second),
         link=as_float(coefficients.link / cluster.link_bytes_per_second),

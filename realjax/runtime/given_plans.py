@@ -11,13 +11,17 @@
 What `config.allocations` says of single calls holds beside each of them.
 """
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
 
 from realjax.dataflow.graph import DataflowGraph
-from realjax.dataflow.plan import ExecutionPlan, adjusted, make_plan
+from realjax.dataflow.plan import CallPlan, ExecutionPlan, adjusted, make_plan
+from realjax.functions.function import Infer
+from realjax.parallel.allocation import Allocation
 from realjax.planner.cluster import Cluster
+from realjax.planner.space import Wish
 from realjax.runtime.run_config import PLAN_MODES, RunConfig
 
 MICROBATCH_TOKENS, CPU_MICROBATCH_TOKENS = 16384, 2048
@@ -129,3 +133,37 @@ def asked(config: RunConfig, num_devices: int) -> dict[str, Any]:
         },
         "offloaded": given["offloaded"],
     }
+
+
+def fixed_allocations(
+    config: RunConfig, graph: DataflowGraph, cluster: Cluster
+) -> dict[str, Allocation]:
+    """Return the allocations that a config gives single calls of roles."""
+    texts = hand_allocations(config, cluster.num_devices)
+    fixed = {
+        name: Allocation.parse(text)
+        for name, text in texts.items()
+        if graph.calls[name].role is not None
+    }
+    for name, node in graph.calls.items():
+        if isinstance(node.function, Infer) and node.function.is_as_trained:
+            trains = [n for n in fixed if graph.calls[n].role == node.role]
+            training = [n for n in trains if graph.calls[n].is_training]
+            if name not in fixed and training:
+                fixed[name] = fixed[training[0]]
+    return fixed
+
+
+def wishes_of(
+    config: RunConfig, graph: DataflowGraph, cluster: Cluster
+) -> dict[str, Wish]:
+    """Return what a config settles of single calls beside their allocations."""
+    num_devices = cluster.num_devices
+    plan = make_plan(graph, num_devices=num_devices, **adjustments(config))
+    return {name: wish_of(call) for name, call in plan.calls.items()}
+
+
+def wish_of(call: CallPlan, **changes: Any) -> Wish:
+    """Return what a plan says of a call beside its allocation, with changes."""
+    fields = [field.name for field in dataclasses.fields(Wish)]
+    return Wish(**{name: getattr(call, name) for name in fields} | changes)

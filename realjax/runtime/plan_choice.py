@@ -16,8 +16,8 @@ import numpy as np
 
 from realjax.dataflow.account import Account, DoesNotFitError
 from realjax.dataflow.graph import DataflowGraph
-from realjax.dataflow.plan import CallPlan, ExecutionPlan, adjusted, make_plan
-from realjax.functions.function import Generate, Infer
+from realjax.dataflow.plan import ExecutionPlan, adjusted
+from realjax.functions.function import Generate
 from realjax.functions.role import Role
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.sharding import check_fit, padded_for
@@ -25,6 +25,7 @@ from realjax.planner.cluster import Cluster
 from realjax.planner.coefficients import coefficients_of
 from realjax.planner.cost import Coefficients
 from realjax.planner.exhaustive import best_of_all
+from realjax.planner.fitting import until_it_fits
 from realjax.planner.memory import Work, fit_pools, memory_account
 from realjax.planner.options import Wish
 from realjax.planner.search import search
@@ -35,10 +36,12 @@ from realjax.runtime.agreement import Agreement
 from realjax.runtime.given_plans import (
     adjustments,
     asked,
+    fixed_allocations,
     given_plan,
-    hand_allocations,
     microbatch_tokens,
     mode_of,
+    wish_of,
+    wishes_of,
 )
 from realjax.runtime.plan_remedies import remedies
 from realjax.runtime.run_config import RunConfig
@@ -57,9 +60,6 @@ _AGAIN = ", as before"
 
 TRIED_MOVES = 64
 """The same, to see whether a change of the config helps."""
-
-TRIES = 6
-"""Searches with less and less memory, until a plan fits by the account."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,7 +295,7 @@ def _described(setting: Setting, plan: ExecutionPlan, origin: str) -> Chosen:
             rows = plan.num_rows(name, max_rows=num_rows, row_length=width)
         # Which devices those are changes no call's seconds.
         fixed[name] = dataclasses.replace(call.allocation, devices=())
-        wishes[name] = _wish(call, rows=rows, remat=call.remat or "none")
+        wishes[name] = wish_of(call, rows=rows, remat=call.remat or "none")
     given = (fixed, wishes, known.coefficients)
     with _on_cpu():
         space = _space(setting, plan.microbatch_tokens, *given)
@@ -309,36 +309,6 @@ def _described(setting: Setting, plan: ExecutionPlan, origin: str) -> Chosen:
         call_seconds=seconds,
         is_measured=known.is_measured,
     )
-
-
-def _wish(call: CallPlan, **changes: Any) -> Wish:
-    fields = [field.name for field in dataclasses.fields(Wish)]
-    return Wish(**{name: getattr(call, name) for name in fields} | changes)
-
-
-def _wishes(config: RunConfig, setting: Setting) -> dict[str, Wish]:
-    """Return what a config settles of single calls beside their allocations."""
-    num_devices = setting.cluster.num_devices
-    plan = make_plan(setting.graph, num_devices=num_devices, **adjustments(config))
-    return {name: _wish(call) for name, call in plan.calls.items()}
-
-
-def _fixed(config: RunConfig, setting: Setting) -> dict[str, Allocation]:
-    """Return the allocations that a config gives single calls of roles."""
-    graph = setting.graph
-    texts = hand_allocations(config, setting.cluster.num_devices)
-    fixed = {
-        name: Allocation.parse(text)
-        for name, text in texts.items()
-        if graph.calls[name].role is not None
-    }
-    for name, node in graph.calls.items():
-        if isinstance(node.function, Infer) and node.function.is_as_trained:
-            trains = [n for n in fixed if graph.calls[n].role == node.role]
-            training = [n for n in trains if graph.calls[n].is_training]
-            if name not in fixed and training:
-                fixed[name] = fixed[training[0]]
-    return fixed
 
 
 def _found(config: RunConfig, setting: Setting, tell: Callable[[str], None]) -> Chosen:
@@ -392,8 +362,8 @@ def _look(
     space = _space(
         setting,
         microbatch_tokens(config, setting.cluster),
-        _fixed(config, setting),
-        _wishes(config, setting),
+        fixed_allocations(config, setting.graph, setting.cluster),
+        wishes_of(config, setting.graph, setting.cluster),
         known.coefficients,
         setting.limit_bytes,
     )
@@ -454,27 +424,21 @@ def _searched(
     config: RunConfig, setting: Setting, space: Space, starts: list, moves: int
 ) -> tuple[tuple[int, ...], ExecutionPlan]:
     """Search until a plan fits by the account of its schedule, which is exact."""
-    limit = float(space.problem.memory_bytes)
-    for _ in range(TRIES):
-        problem = space.problem._replace(memory_bytes=jnp.float32(limit))
-        space = dataclasses.replace(space, problem=problem)
-        try:
-            if space.num_plans <= MOST_LOOKED_AT:
-                numbers, _ = best_of_all(space)
-            else:
-                found = search(space, seed=config.seed, starts=starts, most_moves=moves)
-                numbers = found.plan
-        except ValueError:
-            break  # None is so small.
-        plan, account = _fitted(config, setting, space.execution_plan(numbers))
-        if account is None or account.fits:
-            return numbers, plan
-        limit *= 0.98 * account.limit_bytes / float(account.peak_bytes.max())
+
+    def find(space: Space) -> tuple[int, ...]:
+        if space.num_plans <= MOST_LOOKED_AT:
+            return best_of_all(space)[0]
+        return search(space, seed=config.seed, starts=starts, most_moves=moves).plan
+
+    fitted = lambda numbers: _fitted(config, setting, space.execution_plan(numbers))
+    numbers = until_it_fits(space, find, lambda numbers: fitted(numbers)[1])
+    if numbers is not None:
+        return numbers, fitted(numbers)[0]
     # The least that every call can do with, whatever the time.
     needs = lambda option: option.static_bytes + option.working_bytes
     least = (int(np.argmin(options.column(needs))) for options in space.options)
     numbers = tuple(least)
-    plan, account = _fitted(config, setting, space.execution_plan(numbers))
+    plan, account = fitted(numbers)
     if account is not None:
         account.check()  # Says which step of the schedule takes what.
     return numbers, plan

@@ -20,6 +20,7 @@ from realjax.planner.cost import Coefficients
 def measured(monkeypatch, tmp_path):
     """What is said to have been measured, and how long it should have taken."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("REALJAX_PROFILES", raising=False)
     minutes = []
 
     def profile(cluster, *, minutes, seed, progress, _found=minutes):

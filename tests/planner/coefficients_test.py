@@ -21,6 +21,13 @@ def test_a_fit_finds_the_coefficients_that_made_the_seconds():
         assert getattr(found, name) == pytest.approx(value, rel=1e-4)
 
 
+def test_half_and_twice_are_as_wrong_as_each_other():
+    # Of 1 and 4 seconds for the same work, 2: twice the one and half of the other.
+    needs = Quantities(products=1.0)
+    found = fit([(needs, 1.0), (needs, 4.0)], trust=1e-6)
+    assert found.products == pytest.approx(2.0, rel=1e-3)
+
+
 def test_a_fit_keeps_to_the_prior_where_nothing_was_measured():
     prior = Coefficients()
     found = fit([(Quantities(products=1.0), 3.0)], trust=0.01)
@@ -51,7 +58,13 @@ def profile(**changes):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("REALJAX_PROFILES", raising=False)
     return tmp_path / "realjax" / "profiles"
+
+
+def test_profiles_may_be_kept_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("REALJAX_PROFILES", str(tmp_path / "elsewhere"))
+    assert lib.store_profile(profile()).parent == tmp_path / "elsewhere"
 
 
 def test_what_was_measured_is_found_by_kind_and_version(cache):

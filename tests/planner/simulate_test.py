@@ -58,7 +58,7 @@ def problem(generator, num_calls, num_options, *, memory=3.0, is_serial=False):
         casts=jnp.asarray(generator.random(num_calls) < 0.5),
         shares=jnp.asarray(shares),
         is_serial=jnp.asarray(is_serial),
-        concurrent_devices=jnp.asarray(2 if is_serial else NODE),
+        concurrent_devices=jnp.asarray(2 if is_serial else 0),
         devices_per_node=jnp.asarray(NODE),
         memory=jnp.float32(0.02),
         link=jnp.float32(0.1),
@@ -105,8 +105,10 @@ class Machine:
                     loads.across[call] * one.network + loads.within[call] * one.link
                 )
                 seconds = (seconds + 2 * one.memory) * self.of.copy_bytes[call]
-                turns = min(self.of.size[call], NODE) / one.concurrent_devices
-                self.copies[call] = float(seconds + one.hop_seconds) * max(turns, 1)
+                self.copies[call] = float(seconds + one.hop_seconds)
+                if one.concurrent_devices:
+                    turns = min(self.of.size[call], NODE) / one.concurrent_devices
+                    self.copies[call] *= float(turns)
 
     def memory(self, is_early):
         most = 0.0
@@ -131,8 +133,6 @@ class Machine:
     def run(self, is_early):
         """Ends of steps."""
         is_serial = bool(self.one.is_serial)
-        # When all has ended, and all that had several devices.
-        over = {"all": 0.0, "several": 0.0}
         ends, free, ended = np.zeros(self.count), np.zeros(NUM_DEVICES), []
 
         def reload(call):
@@ -146,23 +146,18 @@ class Machine:
             changed = ends + self.of.offload_seconds
             new, copied = np.zeros(self.count), np.zeros(self.count)
 
-            def has_several(calls):
-                return any(len(self.places[call]) > 1 for call in calls)
+            def devices_of(calls):
+                if is_serial:
+                    return range(NUM_DEVICES)
+                return set().union(*(self.places[call] for call in calls))
 
             def free_for(calls):
-                devices = set().union(*(self.places[call] for call in calls))
-                found = max(free[device] for device in devices)
-                if not is_serial:
-                    return found
-                return max(found, over["all" if has_several(calls) else "several"])
+                return max(free[device] for device in devices_of(calls))
 
             def take(calls, ready, seconds):
                 end = max(ready, free_for(calls)) + seconds
-                for device in set().union(*(self.places[call] for call in calls)):
+                for device in devices_of(calls):
                     free[device] = end
-                over["all"] = max(over["all"], end)
-                if has_several(calls):
-                    over["several"] = max(over["several"], end)
                 return end
 
             for call in self.copies if is_early else ():
@@ -233,7 +228,7 @@ def calls_apart(places, reads=False):
         casts=jnp.asarray([False, False]),
         shares=jnp.zeros((2, 2), bool),
         is_serial=jnp.asarray(False),
-        concurrent_devices=jnp.asarray(8),
+        concurrent_devices=jnp.asarray(0),
         devices_per_node=jnp.asarray(8),
         memory=jnp.float32(0),
         link=jnp.float32(0),
@@ -255,11 +250,9 @@ def test_calls_apart_overlap_and_calls_on_the_same_devices_do_not():
     assert (within.seconds[0], within.memory_bytes[0]) == (3, 35)
 
 
-def test_calls_apart_wait_for_each_other_where_launches_on_several_devices_do():
-    plan = jnp.zeros((1, 2), jnp.int32)
-    for places, seconds in (([(0, 4), (4, 4)], 3), ([(0, 1), (4, 1)], 2)):
-        one = calls_apart(places)._replace(is_serial=jnp.asarray(True))
-        assert price(one, plan).seconds[0] == seconds
+def test_calls_apart_wait_for_each_other_where_launches_do():
+    one = calls_apart([(0, 4), (4, 4)])._replace(is_serial=jnp.asarray(True))
+    assert price(one, jnp.zeros((1, 2), jnp.int32)).seconds[0] == 3
 
 
 def test_steps_follow_each_other_without_a_pause():
