@@ -26,6 +26,7 @@ def test_searches_end_at_the_best_of_all_plans(capsys):
     assert min(report["all"]["gaps"]) >= 0
 
 
+@pytest.mark.slow
 def test_short_searches_are_compared_with_long_ones(capsys, tmp_path):
     common = ("--problems", "ppo_7_7", "--clusters", "2x8xh100", "--seconds=0.5")
     path = f"--references={tmp_path / 'kept.json'}"

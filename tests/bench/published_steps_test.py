@@ -72,6 +72,7 @@ def test_simulated_the_template_takes_its_calls_one_after_another():
     assert sequential.seconds == pytest.approx(seconds, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_searched_plan_is_no_slower_than_the_others():
     row = published_sweep.row_of(Predictor(SMALL, coefficients(), moves=256))
     assert row["searched"]["seconds"] <= row["symmetric"]["seconds"]
@@ -103,6 +104,7 @@ def a_row(policy, critic, searched):
     }
 
 
+@pytest.mark.slow
 def test_a_sweep_says_where_a_searched_plan_is_slower():
     rows = [a_row(7, 7, 20.0), a_row(7, 13, 32.0), a_row(13, 7, None)]
     found = published_sweep.summary(rows)
