@@ -10,7 +10,7 @@ def test_devices_are_named_by_gpu_and_number():
     assert aot.parse("a100") == ("a100", 1)
 
 
-@pytest.mark.parametrize("name", ["h200x3", "h100x8", "x8", "", "h200x8x2"])
+@pytest.mark.parametrize("name", ["h200x3", "b100x8", "x8", "", "h200x8x2"])
 def test_devices_that_are_not_described_are_refused(name):
     with pytest.raises(
         ValueError, match=r"none of the described devices.*a100, h100, h200"
