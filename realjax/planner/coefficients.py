@@ -83,6 +83,7 @@ def fit(
         system = np.concatenate([rows * start / predicted[:, None], pull])
         wanted = np.concatenate([1.0 - off, trust * np.ones(len(start))])
         found = lsq_linear(system, wanted, (lower, np.inf), method="bvls").x
+        found = np.maximum(found, lower)  # It rounds to a hair below.
         predicted = np.maximum(rows @ (start * found), 1e-3 * seconds)
     names = [field.name for field in dataclasses.fields(Coefficients)]
     return Coefficients(**dict(zip(names, map(float, found * start), strict=True)))
