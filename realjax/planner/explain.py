@@ -18,8 +18,9 @@ from realjax.functions.function import Generate
 from realjax.functions.role import Role
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.sharding import check_fit
+from realjax.planner.copies import AXES
 from realjax.planner.memory import Work
-from realjax.planner.simulate import AXES, FEWEST, price
+from realjax.planner.simulate import FEWEST, price
 from realjax.planner.space import Space
 from realjax.planner.strategies import Rules, ranges
 

@@ -5,8 +5,9 @@
                                        └─▶ `Coefficients`, with versions and errors
 
 Calls are the project's own programs (`probes`) of models, batches and strategies drawn
-at random from a `Scale`; with them go copies between devices and to the host, and sums
-over devices. The errors are those of calls that the fit has not seen.
+at random from a `Scale`; with them go copies of parameters between two strategies, of
+an array between devices and to the host, and sums over devices. The errors are those
+of calls that the fit has not seen.
 """
 
 import dataclasses
@@ -21,11 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from realjax.dataflow.schedule import Place
+from realjax.models import transformer
 from realjax.models.config import ModelConfig
+from realjax.parallel.allocation import Allocation
+from realjax.parallel.mesh import make_mesh
+from realjax.parallel.sharding import padded_for, parameter_shardings
 from realjax.planner.cluster import Cluster
 from realjax.planner.coefficients import Checked, Profile, fit, versions
+from realjax.planner.copies import copy_quantities, num_arrays_of
 from realjax.planner.cost import Coefficients, Kind, Quantities, quantities
-from realjax.planner.probes import Probe, Runner, make_runner
+from realjax.planner.probes import Probe, Runner, make_runner, parameters_on
+from realjax.planner.stored import parameter_bytes
 from realjax.planner.strategies import range_sizes, strategies
 from realjax.realloc.crossing import upload
 from realjax.realloc.offload import HostCopy
@@ -192,7 +200,7 @@ CALL_KINDS: tuple[Kind, ...] = ("generate", "infer", "train")
 def draw_calls(
     cluster: Cluster, scale: Scale, generator: np.random.Generator
 ) -> Iterator[Measurable]:
-    """Draw calls without end, of all kinds in turn.
+    """Draw calls without end, of all kinds in turn, and copies of parameters.
 
     Args:
         cluster: on which they run.
@@ -203,6 +211,12 @@ def draw_calls(
         probe = draw_probe(kind, cluster, scale, generator)
         needs = quantities(probe.work, probe.allocation, cluster)
         yield Measurable(str(probe), needs, lambda probe=probe: make_runner(probe))
+        if kind == CALL_KINDS[-1]:
+            other = draw_probe("infer", cluster, scale, generator).allocation
+            if generator.random() < 0.5:
+                last = range(cluster.num_devices - other.size, cluster.num_devices)
+                other = dataclasses.replace(other, devices=tuple(last))
+            yield _moved(probe, other, cluster)
 
 
 def draw_probe(
@@ -253,6 +267,20 @@ def draw_probe(
     )
 
 
+def _moved(source: Probe, destination: Allocation, cluster: Cluster) -> Measurable:
+    """Return the copy of a call's parameters to another allocation."""
+    ends = source.allocation, destination
+    model = padded_for(source.model, ends)
+    needs = copy_quantities(
+        *ends,
+        copy_bytes=parameter_bytes(model, Place(destination, "float32")),
+        num_arrays=num_arrays_of(model),
+        cluster=cluster,
+    )
+    text = f"copy of {model.num_layers} x {model.width} from {ends[0]} to {ends[1]}"
+    return Measurable(text, needs, lambda: _moving(model, *ends))
+
+
 def copies(cluster: Cluster, scale: Scale) -> Iterator[Measurable]:
     """Go over copies between devices and to the host, and sums over devices."""
     devices = jax.local_devices()
@@ -282,6 +310,13 @@ def copies(cluster: Cluster, scale: Scale) -> Iterator[Measurable]:
             summed.times(cluster.turns(count)),
             lambda array=on_host: _summing(array, devices),
         )
+
+
+def _moving(model: ModelConfig, source: Allocation, destination: Allocation) -> Runner:
+    parameters = parameters_on(model, source)
+    axes = transformer.abstract_parameters(model)
+    places = parameter_shardings(axes, make_mesh(destination))
+    return lambda: jax.block_until_ready(reallocate(parameters, places))
 
 
 def _offloading(array: np.ndarray, device: Any) -> Runner:

@@ -29,15 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from realjax.core.arrays import Array, Bool, Float, Int
+from realjax.planner.copies import AXES, Layouts, copy_work
 
 STEPS = 4
 """Steps that are simulated, of which the last two count."""
 
 FEWEST = 256
 """Plans that are simulated at a time."""
-
-AXES = ("tensor", "expert", "fsdp", "stage")
-"""Those that cut parameters."""
 
 
 class Options(NamedTuple):
@@ -71,6 +69,11 @@ class Options(NamedTuple):
     reload_seconds: Float[Array, "C O"]
     offload_seconds: Float[Array, "C O"]
 
+    @property
+    def layouts(self) -> Layouts:
+        """Where they have parameters, and how."""
+        return Layouts(*self[: len(Layouts._fields)])
+
 
 class Problem(NamedTuple):
     """What does not depend on the plan.
@@ -85,8 +88,9 @@ class Problem(NamedTuple):
         is_serial: whether calls wait for each other wherever they are.
         concurrent_devices: of a node, whose work truly runs at the same time; 0 is all.
         devices_per_node: a copy between nodes goes over the network.
+        num_arrays: of the parameters of each call's role.
         memory, link, network, host: seconds a byte.
-        hop_seconds: of a copy, beside its bytes.
+        hop_seconds: of a piece of a copy, beside its bytes.
         memory_bytes: of a device.
     """
 
@@ -98,6 +102,7 @@ class Problem(NamedTuple):
     is_serial: Bool[Array, ""]
     concurrent_devices: Int[Array, ""]
     devices_per_node: Int[Array, ""]
+    num_arrays: Int[Array, "C"]
     memory: Float[Array, ""]
     link: Float[Array, ""]
     network: Float[Array, ""]
@@ -294,101 +299,22 @@ def _apart(x: Array) -> Array:
 
 def _copy_seconds(problem: Problem, chosen: _Chosen) -> Float[Array, "C P"]:
     """Return the seconds of the copy of parameters before each call."""
-    loads = copy_loads(chosen.home, chosen.options, problem.devices_per_node)
-    size = chosen.options.copy_bytes
-    shared = loads.across * problem.network + loads.within * problem.link
-    seconds = size * (shared + 2 * problem.memory) + problem.hop_seconds
+    work = copy_work(
+        chosen.home.layouts,
+        chosen.options.layouts,
+        copy_bytes=chosen.options.copy_bytes,
+        num_arrays=problem.num_arrays[:, None],
+        devices_per_node=problem.devices_per_node,
+    )
+    seconds = (
+        work.memory * problem.memory
+        + work.link * problem.link
+        + work.network * problem.network
+    )
     devices = jnp.minimum(chosen.options.size, problem.devices_per_node)
     has_turns = problem.concurrent_devices > 0
-    return seconds * jnp.where(has_turns, devices / problem.concurrent_devices, 1.0)
-
-
-class CopyLoads(NamedTuple):
-    """What the busiest device sends or receives, as shares of its part of the copy.
-
-    Attributes:
-        across: between nodes.
-        within: in a node.
-    """
-
-    across: Array
-    within: Array
-
-
-def copy_loads(source: Options, destination: Options, node: Array) -> CopyLoads:
-    """Return what a copy of parameters brings every device, as `realloc.routes` has it.
-
-    In closed form, for matrices, which are cut by all axes. A device keeps what it has
-    already of its new part. Of the rest, what is on no device of its node comes from
-    another, once for all of the node that need it.
-
-    Args:
-        source: ranges and strategies of where parameters lie.
-        destination: of where they shall lie.
-        node: devices of one.
-    """
-    is_joint = lambda unit: (
-        (source.start // unit <= (destination.start + destination.size - 1) // unit)
-        & (destination.start // unit <= (source.start + source.size - 1) // unit)
-    )
-    num_nodes = lambda options: -(-options.size // node)
-    both_nodes = jnp.minimum(num_nodes(source), num_nodes(destination))
-    both_nodes = jnp.where(is_joint(node), both_nodes, 0)
-    inside = both_nodes / num_nodes(destination)
-    device_share = jnp.ones_like(source.size, jnp.float32)
-    mean_share, node_share = device_share, device_share
-    source_stride, destination_stride = _strides(source), _strides(destination)
-    for axis in AXES:
-        have, want = getattr(source, axis), getattr(destination, axis)
-        is_aligned = (source_stride[axis] * have == destination_stride[axis] * want) | (
-            want == 1
-        )
-        in_node = jnp.clip(node // source_stride[axis], 1, have)
-        for_node = have // in_node
-        share = lambda parts, is_aligned=is_aligned, want=want: jnp.where(
-            parts == 1, 1.0, jnp.where(is_aligned, jnp.minimum(1.0, want / parts), 0.0)
-        )
-        device_share = device_share * share(have)
-        mean_share = mean_share / jnp.where(
-            is_aligned & (want > 1), jnp.maximum(have / want, 1.0), have
-        )
-        node_share = node_share * share(for_node)
-    # Of a node that has some of the source, and of those devices that do.
-    common = jnp.minimum(source.size, destination.size)
-    here = inside * destination.size
-    common = jnp.where(is_joint(1), common / jnp.maximum(here, 1), 0.0)
-    local = jnp.where(common * inside == 1, device_share, 0.0)
-    entering_here = jnp.where(inside > 0, 1.0 - node_share, 0.0)
-    most_entering = jnp.where(inside < 1, 1.0, entering_here)
-    mean_entering = inside * entering_here + (1 - inside)
-    parts_below = destination.tensor * destination.expert * destination.fsdp
-    data = destination.size // (parts_below * destination.stage)
-    sharing = jnp.clip(node // parts_below, 1, data)
-    received = jnp.maximum(
-        jnp.where(inside > 0, 1.0 - entering_here / sharing - local, 0.0),
-        jnp.where(inside < 1, 1.0 - 1.0 / sharing, 0.0),
-    )
-    # Sources share what is sent, and who got it from another node hands it on.
-    given = jnp.maximum(node_share - common * mean_share, 0.0)
-    of_node = lambda options: jnp.minimum(options.size, node)
-    fold_here = of_node(destination) / of_node(source)
-    given = jnp.where(inside > 0, given * fold_here, 0.0)
-    handed_on = most_entering * (sharing - 1) / sharing
-    fold = destination.size / source.size
-    return CopyLoads(
-        across=jnp.maximum(most_entering, mean_entering * fold) / sharing,
-        within=jnp.maximum(jnp.maximum(received, given), handed_on),
-    )
-
-
-def _strides(options: Options) -> dict[str, Array]:
-    """Return how far apart the devices of an axis are; see `parallel.mesh`."""
-    return {
-        "tensor": jnp.ones_like(options.tensor),
-        "expert": options.tensor,
-        "fsdp": options.tensor * options.expert,
-        "stage": options.size // options.stage,
-    }
+    turns = jnp.where(has_turns, devices / problem.concurrent_devices, 1.0)
+    return seconds * turns + work.hops * problem.hop_seconds
 
 
 def _memory(problem: Problem, chosen: _Chosen, is_early: bool) -> Float[Array, "P"]:

@@ -22,10 +22,11 @@ from realjax.functions.function import Generate
 from realjax.functions.role import Role
 from realjax.parallel.allocation import Allocation
 from realjax.planner.cluster import Cluster
+from realjax.planner.copies import AXES, num_arrays_of
 from realjax.planner.cost import Coefficients
 from realjax.planner.memory import Work
 from realjax.planner.options import CallOptions, Lengths, Option, Shapes, Wish
-from realjax.planner.simulate import AXES, Options, Problem
+from realjax.planner.simulate import Options, Problem
 from realjax.planner.strategies import Range, Rules, ranges
 
 __all__ = ["Lengths", "Option", "Space", "Wish", "make_space"]
@@ -302,6 +303,7 @@ def _problem(
         ]
         for i in range(len(names))
     ]
+    num_arrays = [num_arrays_of(roles[_role(graph, name)].model) for name in names]
     as_float = lambda x: jnp.asarray(x, jnp.float32)
     device = cluster.device
     return Problem(
@@ -313,6 +315,7 @@ def _problem(
         is_serial=jnp.asarray(cluster.is_serial),
         concurrent_devices=jnp.asarray(cluster.concurrent_devices, jnp.int32),
         devices_per_node=jnp.asarray(cluster.devices_per_node, jnp.int32),
+        num_arrays=jnp.asarray(num_arrays, jnp.int32),
         memory=as_float(coefficients.memory / device.bytes_per_second),
         link=as_float(coefficients.link / cluster.link_bytes_per_second),
         network=as_float(coefficients.network / cluster.network_bytes_per_second),

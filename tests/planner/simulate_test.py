@@ -5,14 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from realjax.planner.simulate import (
-    AXES,
-    STEPS,
-    Options,
-    Problem,
-    copy_loads,
-    price,
-)
+from realjax.planner.copies import AXES, Layouts, copy_loads, copy_work
+from realjax.planner.simulate import STEPS, Options, Problem, price
 from realjax.planner.strategies import factorizations
 from realjax.realloc.hosts import Hosts
 from realjax.realloc.layouts import Layout
@@ -60,6 +54,7 @@ def problem(generator, num_calls, num_options, *, memory=3.0, is_serial=False):
         is_serial=jnp.asarray(is_serial),
         concurrent_devices=jnp.asarray(2 if is_serial else 0),
         devices_per_node=jnp.asarray(NODE),
+        num_arrays=jnp.asarray(generator.integers(1, 4, num_calls)),
         memory=jnp.float32(0.02),
         link=jnp.float32(0.1),
         network=jnp.float32(0.7),
@@ -83,10 +78,12 @@ class Machine:
             for a, n in zip(self.of.start, self.of.size, strict=True)
         ]
         lies = list(zip(*self.of[:6], strict=True))
-        loads = copy_loads(
-            Options(*(jnp.asarray(x[self.home]) for x in self.of)),
-            Options(*map(jnp.asarray, self.of)),
-            jnp.asarray(one.devices_per_node),
+        work = copy_work(
+            Options(*(jnp.asarray(x[self.home]) for x in self.of)).layouts,
+            Options(*map(jnp.asarray, self.of)).layouts,
+            copy_bytes=jnp.asarray(self.of.copy_bytes),
+            num_arrays=jnp.asarray(one.num_arrays),
+            devices_per_node=jnp.asarray(one.devices_per_node),
         )
         self.copies, self.last = {}, list(range(self.count))
         for call in range(self.count):
@@ -102,13 +99,14 @@ class Machine:
                 self.last[maker] = call
             if not taken:
                 seconds = (
-                    loads.across[call] * one.network + loads.within[call] * one.link
+                    work.network[call] * one.network
+                    + work.link[call] * one.link
+                    + work.memory[call] * one.memory
                 )
-                seconds = (seconds + 2 * one.memory) * self.of.copy_bytes[call]
-                self.copies[call] = float(seconds + one.hop_seconds)
                 if one.concurrent_devices:
                     turns = min(self.of.size[call], NODE) / one.concurrent_devices
-                    self.copies[call] *= float(turns)
+                    seconds *= turns
+                self.copies[call] = float(seconds + work.hops[call] * one.hop_seconds)
 
     def memory(self, is_early):
         most = 0.0
@@ -230,6 +228,7 @@ def calls_apart(places, reads=False):
         is_serial=jnp.asarray(False),
         concurrent_devices=jnp.asarray(0),
         devices_per_node=jnp.asarray(8),
+        num_arrays=jnp.asarray([1, 1]),
         memory=jnp.float32(0),
         link=jnp.float32(0),
         network=jnp.float32(0),
@@ -297,7 +296,8 @@ def test_copies_bring_a_device_what_routes_say(num_devices, node):
             )
             for start, sizes in ends
         ]
-        loads = route(*layouts, shape, np.int8, hosts=Hosts.uniform(node)).loads
+        way = route(*layouts, shape, np.int8, hosts=Hosts.uniform(node))
+        loads = way.loads
         stage, _, fsdp, expert, tensor = ends[1][1]
         part = np.prod(shape) / (stage * fsdp * expert * tensor)
         exact.append(
@@ -307,14 +307,18 @@ def test_copies_bring_a_device_what_routes_say(num_devices, node):
             )
         )
         options = [
-            Options(
+            Layouts(
                 jnp.asarray(start),
                 jnp.asarray(int(np.prod(sizes))),
                 *(jnp.asarray(sizes[MESH.index(axis)]) for axis in AXES),
-                *[jnp.zeros(())] * 7,
             )
             for start, sizes in ends
         ]
+        work = copy_work(*options, copy_bytes=1, num_arrays=1, devices_per_node=node)
+        if way.kind in ("slice", "put"):
+            pieces = len(way.boxes) * way.destination_holders.shape[1]
+            num_nodes = -(-options[1].size // node)
+            assert work.hops == pieces / num_nodes
         loads = copy_loads(*options, jnp.asarray(node))
         found.append((float(loads.across), float(loads.within)))
     exact, found = np.array(exact), np.array(found)
