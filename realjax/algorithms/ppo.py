@@ -18,21 +18,15 @@ from typing import Literal
 import jax.numpy as jnp
 
 from realjax import functions, rl
-from realjax.core.config import check_least
 from realjax.dataflow import DataflowGraph, call, following
 from realjax.rl import Mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPO:
-    """Hyperparameters; the defaults are ReaL's.
+class PPO(functions.Rollouts):
+    """Hyperparameters, with those of `Rollouts`; the defaults are ReaL's.
 
     Attributes:
-        sampling: how completions are drawn; temperature and filters hold for every
-            log-probability of the step.
-        completions_per_prompt: G, completions sampled for each prompt.
-        rewards: Python functions of the text; empty means the reward role's scores.
-        score: scaling, bias and clipping of scores; what truncated completions get.
         kl: weight of the KL penalty per token; an adaptive one follows the KL of a
             whole completion.
         discount, gae_lambda: γ and λ of GAE.
@@ -40,19 +34,13 @@ class PPO:
         clip_ratio, value_clip: ε of the policy loss; largest trusted change of a value.
         value_loss: "mse" or "huber".
         value_norm: how value targets are normalised: "exp", "ma" or "none".
-        minibatches, epochs, shuffle: optimizer steps per rollout and their order.
         reference_ema: η, by which the reference follows the policy after every step:
             p ← η policy + (1 − η) p; 0 leaves it as it is.
         max_ratio, max_kl: a minibatch whose mean importance ratio or mean approximate
             KL (nats per token) exceeds these changes nothing; 0 turns the check off.
-        delivery: of the rollout, in portions or up to a budget of tokens.
-        importance_cap: largest weight that corrects for a sampler of fewer bits than
-            the trainer has, see `rl.importance`; 0 takes the two for the same.
     """
 
     sampling: rl.Sampling = rl.Sampling(top_k=200, top_p=0.9, max_new_tokens=256)
-    completions_per_prompt: int = 1
-    rewards: tuple[functions.RewardFunction, ...] = ()
     score: rl.ScoreShaping = rl.ScoreShaping()
     kl: rl.KLControl = rl.KLControl()
     discount: float = 1.0
@@ -63,17 +51,9 @@ class PPO:
     value_loss: Literal["mse", "huber"] = "mse"
     value_norm: Literal["exp", "ma", "none"] = "exp"
     minibatches: int = 4
-    epochs: int = 1
-    shuffle: bool = False
     reference_ema: float = 0.0
     max_ratio: float = 5.0
     max_kl: float = 0.0
-    importance_cap: float = 0.0
-    delivery: functions.Delivery = functions.Delivery()
-
-    def __post_init__(self):
-        """Refuses a weight below 0."""
-        check_least(self, 0, "importance_cap")
 
 
 HYPERPARAMETERS = PPO
@@ -121,24 +101,16 @@ def advantages(state, batch, *, hp: PPO):
 
 
 def policy_loss(logprobs, batch, *, hp: PPO):
-    """Clipped surrogate, a mean over completion tokens.
-
-    The gap is that of the trainer to the sampler before the first update. Without
-    `proximal` it holds for the first minibatch alone, of which the runtime reports it.
-    """
-    mask, old_logprobs = batch["completion_mask"], batch["old_logprobs"]
-    proximal = batch.get("proximal_logprobs", old_logprobs)
+    """Clipped surrogate, a mean over completion tokens."""
+    mask = batch["completion_mask"]
+    log_ratio, weights, metrics = rl.importance.parted(
+        logprobs, batch, cap=hp.importance_cap
+    )
     loss, clipped = rl.losses.clipped_surrogate(
-        logprobs, proximal, batch["advantages"], clip_ratio=hp.clip_ratio
+        log_ratio, batch["advantages"], clip_ratio=hp.clip_ratio
     )
-    loss *= rl.importance.truncated_weights(
-        proximal, old_logprobs, cap=hp.importance_cap
-    )
-    trainer = batch.get("proximal_logprobs", logprobs)
-    metrics = rl.importance.gap(trainer, old_logprobs, mask)
-    entropy, log_ratio = batch["entropy"], logprobs - proximal
-    metrics |= rl.losses.surrogate_metrics(log_ratio, clipped, entropy, mask)
-    return Mean.over(loss, mask), metrics
+    metrics |= rl.losses.surrogate_metrics(log_ratio, clipped, batch["entropy"], mask)
+    return Mean.over(weights * loss, mask), metrics
 
 
 def value_loss(values, batch, *, hp: PPO):
@@ -158,50 +130,34 @@ def is_off_track(metrics, *, hp: PPO):
 
 def graph(hp: PPO) -> DataflowGraph:
     """The six model function calls of one PPO step, and the advantages."""
-    bind, infer, by_text = functools.partial, functions.Infer, functions.Score
-    temperature, group = hp.sampling.temperature, hp.completions_per_prompt
-    generate = functions.Generate(
-        sampling=hp.sampling, completions_per_prompt=group, delivery=hp.delivery
-    )
-    score = by_text(rewards=hp.rewards) if hp.rewards else infer(output="scores")
-    scored = ("tokens", "kept") if functions.is_filtered(hp.sampling) else ("tokens",)
-    rollout = ("completion_mask", "is_truncated", "old_logprobs")
+    bind, infer = functools.partial, functions.Infer
     estimate = functions.Transform(
         fn=bind(advantages, hp=hp),
         state=bind(initial_state, hp),
-        reads=(*rollout, "scores", "ref_logprobs", "values", "bootstrap_values"),
+        reads=(*functions.SAMPLED, "ref_logprobs", "values", "bootstrap_values"),
         writes=("advantages", "value_targets"),
     )
+    before = hp.infer(is_as_trained=True)
     proximal = ("proximal_logprobs",) if hp.importance_cap else ()
-    train = bind(
-        functions.Train,
-        minibatches=hp.minibatches,
-        epochs=hp.epochs,
-        shuffle=hp.shuffle,
-    )
-    train_policy = train(
-        loss=bind(policy_loss, hp=hp),
-        loss_name="loss/policy_avg",
-        reads=(*scored, "completion_mask", "old_logprobs", *proximal, "advantages"),
-        temperature=temperature,
+    train_policy = hp.train(
+        bind(policy_loss, hp=hp),
+        ("completion_mask", "old_logprobs", *proximal, "advantages"),
         skip=bind(is_off_track, hp=hp),
     )
-    train_critic = train(
+    train_critic = functions.Train(
         loss=bind(value_loss, hp=hp),
         loss_name="loss/value_avg",
         output="values",
         reads=("tokens", "completion_mask", "values", "value_targets"),
+        **hp.steps(),
     )
-    reference = infer(reads=scored, temperature=temperature)
-    as_trained = dataclasses.replace(reference, is_as_trained=True)
-    correction = {"proximal": call("policy", as_trained, logprobs="proximal_logprobs")}
     return DataflowGraph(
-        rollout=call("policy", generate),
-        reward=call(None if hp.rewards else "reward", score),
-        reference=call("reference", reference, logprobs="ref_logprobs"),
+        rollout=call("policy", hp.generate()),
+        reward=call(*hp.reward()),
+        reference=call("reference", hp.infer(), logprobs="ref_logprobs"),
         value=call("critic", infer(output="values")),
         advantages=call(None, estimate),
-        **(correction if hp.importance_cap else {}),
+        proximal=call("policy", before, logprobs=proximal[0]) if proximal else None,
         train_policy=call("policy", train_policy),
         train_critic=call("critic", train_critic),
         **following("reference", source="policy", weight=hp.reference_ema),

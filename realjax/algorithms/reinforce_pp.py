@@ -13,40 +13,28 @@ import functools
 
 import jax.numpy as jnp
 
-from realjax import functions, rl
+from realjax import rl
 from realjax.core.config import check_least
 from realjax.dataflow import DataflowGraph, call
+from realjax.functions import SAMPLED, Rollouts, Transform
 from realjax.rl import Mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReinforcePlusPlus:
-    """Hyperparameters.
+class ReinforcePlusPlus(Rollouts):
+    """Hyperparameters, with those of `Rollouts`; a group above 1 has a baseline.
 
     Attributes:
-        sampling: how completions are drawn.
-        completions_per_prompt: 1 has no baseline; more share their mean as one.
-        rewards: Python functions of the text; empty means the reward role's scores.
-        score: scaling, bias and clipping of scores; what truncated completions get.
         kl_coef: β of the KL to the reference, in score per nat; 0 needs no reference.
         clip_ratio: ε of the policy loss.
-        minibatches, epochs, shuffle: optimizer steps per rollout and their order.
-        delivery: of the rollout, in portions or up to a budget of tokens.
     """
 
-    sampling: rl.Sampling = rl.Sampling(max_new_tokens=256)
-    completions_per_prompt: int = 1
-    rewards: tuple[functions.RewardFunction, ...] = ()
-    score: rl.ScoreShaping = rl.ScoreShaping(truncated="keep")
     kl_coef: float = 0.01
     clip_ratio: float = 0.2
-    minibatches: int = 1
-    epochs: int = 1
-    shuffle: bool = False
-    delivery: functions.Delivery = functions.Delivery()
 
     def __post_init__(self):
         """Refuses numbers below 0."""
+        super().__post_init__()
         check_least(self, 0, "kl_coef", "clip_ratio")
 
 
@@ -64,57 +52,41 @@ def advantages(batch, *, hp: ReinforcePlusPlus):
     )
     estimates = jnp.where(mask, centred[:, None], 0.0)
     if hp.kl_coef:
-        kl = rl.kl.k1(batch["old_logprobs"], batch["ref_logprobs"])
-        metrics["objective/kl"] = Mean.over(jnp.where(mask, kl, 0.0).sum(1), counts)
+        kl, metrics["objective/kl"] = rl.kl.of_completions(
+            batch["old_logprobs"], batch["ref_logprobs"], mask
+        )
         estimates -= hp.kl_coef * rl.advantages.to_come(kl, mask)
     return {"advantages": rl.masking.whiten(estimates, mask)}, metrics
 
 
 def policy_loss(logprobs, batch, *, hp: ReinforcePlusPlus):
     """Clipped surrogate, a mean over completion tokens."""
-    mask, old_logprobs = batch["completion_mask"], batch["old_logprobs"]
+    mask = batch["completion_mask"]
+    log_ratio, weights, metrics = rl.importance.parted(
+        logprobs, batch, cap=hp.importance_cap
+    )
     loss, clipped = rl.losses.clipped_surrogate(
-        logprobs, old_logprobs, batch["advantages"], clip_ratio=hp.clip_ratio
+        log_ratio, batch["advantages"], clip_ratio=hp.clip_ratio
     )
-    metrics = rl.importance.gap(logprobs, old_logprobs, mask)
-    metrics |= rl.losses.surrogate_metrics(
-        logprobs - old_logprobs, clipped, batch["entropy"], mask
-    )
-    return Mean.over(loss, mask), metrics
+    metrics |= rl.losses.surrogate_metrics(log_ratio, clipped, batch["entropy"], mask)
+    return Mean.over(weights * loss, mask), metrics
 
 
 def graph(hp: ReinforcePlusPlus) -> DataflowGraph:
     """Rollout, reward, reference (unless `kl_coef` is 0), advantages, training."""
-    generate = functions.Generate(
-        sampling=hp.sampling,
-        completions_per_prompt=hp.completions_per_prompt,
-        delivery=hp.delivery,
+    bind, against = functools.partial, ("ref_logprobs",) if hp.kl_coef else ()
+    reference = call("reference", hp.infer(), logprobs="ref_logprobs")
+    before = hp.infer(is_as_trained=True)
+    proximal = ("proximal_logprobs",) if hp.importance_cap else ()
+    estimate = Transform(
+        fn=bind(advantages, hp=hp), reads=(*SAMPLED, *against), writes=("advantages",)
     )
-    temperature = hp.sampling.temperature
-    scored = ("tokens", "kept") if functions.is_filtered(hp.sampling) else ("tokens",)
-    rollout = ("completion_mask", "is_truncated", "old_logprobs", "scores")
-    estimate = functions.Transform(
-        fn=functools.partial(advantages, hp=hp),
-        reads=(*rollout, "ref_logprobs") if hp.kl_coef else rollout,
-        writes=("advantages",),
-    )
-    train = functions.Train(
-        loss=functools.partial(policy_loss, hp=hp),
-        loss_name="loss/policy_avg",
-        reads=(*scored, "completion_mask", "old_logprobs", "advantages"),
-        temperature=temperature,
-        minibatches=hp.minibatches,
-        epochs=hp.epochs,
-        shuffle=hp.shuffle,
-    )
-    by_model = call("reward", functions.Infer(output="scores"))
-    by_text = call(None, functions.Score(rewards=hp.rewards))
-    infer = functions.Infer(reads=scored, temperature=temperature)
-    reference = {"reference": call("reference", infer, logprobs="ref_logprobs")}
+    reads = ("completion_mask", "old_logprobs", "advantages", *proximal)
     return DataflowGraph(
-        rollout=call("policy", generate),
-        reward=by_text if hp.rewards else by_model,
-        **(reference if hp.kl_coef else {}),
+        rollout=call("policy", hp.generate()),
+        reward=call(*hp.reward()),
+        reference=reference if hp.kl_coef else None,
         advantages=call(None, estimate),
-        train_policy=call("policy", train),
+        proximal=call("policy", before, logprobs=proximal[0]) if proximal else None,
+        train_policy=call("policy", hp.train(bind(policy_loss, hp=hp), reads)),
     )

@@ -3,7 +3,15 @@
 import dataclasses
 from collections.abc import Mapping
 
-from realjax.functions.function import Follow, Function, Infer, Train
+from realjax.core.config import check_choice
+from realjax.functions.function import (
+    Delivery,
+    Follow,
+    Function,
+    Generate,
+    Infer,
+    Train,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,11 +23,34 @@ class ModelFunctionCall:
             no model takes part.
         function: what is asked.
         renames: batch key for each of the function's own names that differs from it.
+        staleness: 0 for a call that reads what its role is in its step. With 1 it runs
+            a step ahead: step k makes with it what step k + 1 reads, from the data of
+            step k + 1 and with the parameters as they are before step k changes them.
     """
 
     role: str | None
     function: Function
     renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    staleness: int = 0
+
+    def __post_init__(self):
+        """Refuses a staleness that a call like this cannot have."""
+        check_choice("staleness", self.staleness, (0, 1))
+        if not self.staleness:
+            return
+        kind = type(self.function).__name__
+        if not isinstance(self.function, Generate):
+            raise ValueError(
+                f"staleness is 1 for a call that is a {kind}. Only one that generates "
+                "can run a step ahead: leave it out."
+            )
+        if self.function.delivery != Delivery():
+            raise ValueError(
+                f"staleness is 1 for a call with {self.function.delivery}. With a "
+                "budget completions are carried on for more steps than one, and what "
+                "follows on portions belongs to the next step: set token_budget to 0 "
+                "and portions to 1, or staleness to 0."
+            )
 
     def key(self, name: str) -> str:
         """The batch key that stands for the function's own `name`."""
@@ -58,8 +89,17 @@ class ModelFunctionCall:
         )
 
 
-def call(role: str | None, function: Function, **renames: str) -> ModelFunctionCall:
+def call(
+    role: str | None, function: Function, *, staleness: int = 0, **renames: str
+) -> ModelFunctionCall:
     """A node of the graph; keywords rename the function's keys.
+
+    Args:
+        role: whose parameters it uses, if any.
+        function: what is asked.
+        staleness: 1 lets a call that generates run a step ahead, beside the training
+            of the step before; see `ModelFunctionCall`.
+        renames: batch key for each of the function's own names that differs from it.
 
     Example:
         >>> from realjax.functions import Infer
@@ -67,7 +107,8 @@ def call(role: str | None, function: Function, **renames: str) -> ModelFunctionC
         ('ref_logprobs',)
 
     Raises:
-        ValueError: if a keyword names no key of the function.
+        ValueError: if a keyword names no key of the function, or a call like this has
+            no staleness.
     """
     known = (*function.reads, *function.writes)
     for name in renames:
@@ -76,7 +117,7 @@ def call(role: str | None, function: Function, **renames: str) -> ModelFunctionC
                 f"{name!r} is no key of this {type(function).__name__}, whose keys are "
                 f"{', '.join(known)}."
             )
-    return ModelFunctionCall(role, function, renames)
+    return ModelFunctionCall(role, function, renames, staleness)
 
 
 def following(
@@ -107,15 +148,16 @@ class DataflowGraph:
         [['rollout'], ['reward']]
 
     Raises:
-        ValueError: if two calls write the same key, if calls wait for each other, or if
-            a role follows one that is not there or that follows itself.
+        ValueError: if two calls write the same key, if calls wait for each other, if a
+            role follows one that is not there or that follows itself, or if a call that
+            runs a step ahead reads what another call makes.
     """
 
-    def __init__(self, **calls: ModelFunctionCall):
-        """Checks writers and acyclicity once, at construction."""
-        self.calls = calls
+    def __init__(self, **calls: ModelFunctionCall | None):
+        """Checks writers and acyclicity once, at construction; None is no call."""
+        self.calls = {name: node for name, node in calls.items() if node is not None}
         self._writer: dict[str, str] = {}
-        for name, node in calls.items():
+        for name, node in self.calls.items():
             for key in node.writes:
                 if key in self._writer:
                     raise ValueError(
@@ -123,9 +165,10 @@ class DataflowGraph:
                         "Rename one of them where the call is made."
                     )
                 self._writer[key] = name
-        for name, node in calls.items():
+        for name, node in self.calls.items():
             if isinstance(node.function, Follow):
                 self._check_follows(name, node.role, node.function.source)
+        self._check_stale()
         self.levels()
 
     @property
@@ -147,6 +190,11 @@ class DataflowGraph:
         return tuple(
             role for role in self.roles if any(c.changes_role for c in self.of(role))
         )
+
+    @property
+    def stale_calls(self) -> tuple[str, ...]:
+        """Calls that run a step ahead; none where training is strictly on-policy."""
+        return tuple(name for name, node in self.calls.items() if node.staleness)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -197,6 +245,25 @@ class DataflowGraph:
                 "no other call changes, and one that a call trains "
                 f"({', '.join(self.trained_roles) or 'none here'})."
             )
+
+    def _check_stale(self) -> None:
+        for name in self.stale_calls:
+            for key in self.calls[name].reads:
+                if key in self._writer:
+                    raise ValueError(
+                        f"Call {name!r} runs a step ahead (staleness is 1) and reads "
+                        f"{key!r}, which call {self._writer[key]!r} makes in its own "
+                        "step. Let it read the data set's keys alone, or set "
+                        "staleness to 0."
+                    )
+        for name, node in self.calls.items():
+            is_sampled = isinstance(node.function, Generate) and not node.staleness
+            if is_sampled and self.stale_calls:
+                raise ValueError(
+                    f"Call {self.stale_calls[0]!r} generates a step ahead, and call "
+                    f"{name!r} in its own step. Give all calls that generate the same "
+                    "staleness."
+                )
 
     def require(self, available: tuple[str, ...]) -> None:
         """Checks that the data set gives what no call writes.

@@ -11,15 +11,18 @@ from realjax.functions.function import (
     Transform,
     is_filtered,
 )
+from realjax.functions.rollouts import SAMPLED, Rollouts
 from realjax.functions.score import RewardFunction
 
 __all__ = [
+    "SAMPLED",
     "Delivery",
     "Follow",
     "Function",
     "Generate",
     "Infer",
     "RewardFunction",
+    "Rollouts",
     "Score",
     "Train",
     "Transform",

@@ -170,6 +170,8 @@ class Train(Function):
         epochs: passes over the step's batch.
         shuffle: whether minibatches are drawn at random, or follow the batch's order.
         unit: adjacent rows that belong together (2 for a pair).
+        only: a key of `reads`, a mask [B, T]: rows without any token of it take no part
+            and are in no minibatch. Needs the mask on the host; "" takes all rows.
         temperature: divides the logits, as in the sampler, for "logprobs".
         loss_name: the metric that reports the loss.
         skip: of a minibatch's mean metrics; where it holds, the update does not happen
@@ -182,12 +184,18 @@ class Train(Function):
     epochs: int = 1
     shuffle: bool = False
     unit: int = 1
+    only: str = ""
     temperature: float = 1.0
     loss_name: str = "loss"
     skip: Callable[[Mapping[str, Any]], Any] | None = None
 
     def __post_init__(self):
-        """Refuses counts below one."""
+        """Refuses counts below one, and a mask that is not read."""
+        if self.only and self.only not in self.reads:
+            raise ValueError(
+                f"only is {self.only!r}, which is not among the keys that are read:"
+                f" {', '.join(self.reads)}. Add it."
+            )
         for name in ("minibatches", "epochs", "unit"):
             if getattr(self, name) < 1:
                 raise ValueError(

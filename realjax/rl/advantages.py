@@ -128,6 +128,30 @@ def leave_one_out(
     return centred.reshape(-1)
 
 
+def differing_groups(
+    estimates: Float[Array, "B"],
+    counts: Bool[Array, "B"],
+    *,
+    group_size: int,
+    num_groups: int,
+) -> Bool[Array, "B"]:
+    """Tell which completions are of the first groups whose scores differ.
+
+    Source: Yu et al. 2025 (DAPO, dynamic sampling), https://arxiv.org/abs/2503.14476,
+    equation 11: groups that are all right or all wrong teach nothing.
+
+    Args:
+        estimates: `group_relative` of each completion.
+        counts: False for rows that only pad the batch.
+        group_size: completions of a prompt.
+        num_groups: the most groups that are taken.
+    """
+    estimates, counts = _groups(estimates, counts, group_size)
+    differs = (counts & (estimates != 0)).any(axis=1)
+    is_taken = differs & (jnp.cumsum(differs) <= num_groups)
+    return (counts & is_taken[:, None]).reshape(-1)
+
+
 def best_of_group(
     scores: Float[Array, "B"],
     counts: Bool[Array, "B"],

@@ -14,6 +14,7 @@ gradient only where the trainer thinks a token far likelier than the sampler did
 """
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,30 @@ def truncated_weights(
         return jnp.ones_like(logprobs)
     log_weights = jnp.minimum(logprobs - old_logprobs, math.log(cap))
     return jax.lax.stop_gradient(jnp.exp(log_weights))
+
+
+def parted(
+    logprobs: Float[Array, "B T"], batch: Mapping[str, Array], *, cap: float
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], dict[str, Mean]]:
+    """Part π / μ of a batch's completions, where it has what that takes.
+
+    Args:
+        logprobs: log π of the tokens, by the trainer.
+        batch: "completion_mask", "old_logprobs" (log μ) and, where a call before the
+            training made them, "proximal_logprobs" (log π_old); without these π_old is
+            taken to be μ.
+        cap: as of `truncated_weights`.
+
+    Returns:
+        log π / π_old, the weights, and `gap`. Without π_old the gap is that of π to
+        the sampler, which is the trainer's for the first minibatch alone; of that one
+        the runtime reports it.
+    """
+    mask, old_logprobs = batch["completion_mask"], batch["old_logprobs"]
+    proximal = batch.get("proximal_logprobs", old_logprobs)
+    weights = truncated_weights(proximal, old_logprobs, cap=cap)
+    metrics = gap(batch.get("proximal_logprobs", logprobs), old_logprobs, mask)
+    return logprobs - proximal, weights, metrics
 
 
 def gap(

@@ -5,10 +5,11 @@ the policy. Source: Schulman 2020, http://joschu.net/blog/kl-approx.html.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 
-from realjax.core.arrays import Array, Float
+from realjax.core.arrays import Array, Bool, Float
 from realjax.rl.masking import Mean
 
 
@@ -39,6 +40,28 @@ def k3(
 
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 """By name. In a loss, the gradient of k1 is that of no KL: it has mean 0."""
+
+
+def of_completions(
+    logprobs: Float[Array, "B T"],
+    ref_logprobs: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    estimator: Literal["k1", "k2", "k3"] = "k1",
+) -> tuple[Float[Array, "B T"], Mean]:
+    """Return the KL of each completion token, 0 elsewhere, and what to report.
+
+    Args:
+        logprobs: of the tokens, by the policy.
+        ref_logprobs: of the tokens, by the reference.
+        mask: completion tokens.
+        estimator: one of `ESTIMATORS`.
+
+    Returns:
+        Nats a token, and the mean of whole completions.
+    """
+    kl = jnp.where(mask, ESTIMATORS[estimator](logprobs, ref_logprobs), 0.0)
+    return kl, Mean.over(kl.sum(axis=1), mask.any(axis=1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,7 @@ from realjax.rl.masking import Mean
 
 
 def clipped_surrogate(
-    logprobs: Float[Array, "B T"],
-    old_logprobs: Float[Array, "B T"],
+    log_ratio: Float[Array, "B T"],
     advantages: Float[Array, "B T"],
     *,
     clip_ratio: float,
@@ -19,19 +18,19 @@ def clipped_surrogate(
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Return PPO's policy loss per token, and where the clipped ratio decided it.
 
-        L_t = max(-A_t ρ_t, -A_t clip(ρ_t, 1 - ε, 1 + ε'))    ρ_t = π(a_t) / π_old(a_t)
+        L_t = max(-A_t ρ_t, -A_t clip(ρ_t, 1 - ε, 1 + ε'))
 
     Sources: Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equation 7; ε' for
     itself, Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476, equation 10.
 
     Args:
-        logprobs: of the tokens, by the policy in training.
-        old_logprobs: of the tokens, by the policy that sampled them.
+        log_ratio: log ρ_t = log π(a_t) / π_old(a_t), of the policy in training to that
+            which sampled.
         advantages: A_t.
         clip_ratio: ε.
         clip_higher: ε'; None is ε.
     """
-    ratio = jnp.exp(logprobs - old_logprobs)
+    ratio = jnp.exp(log_ratio)
     highest = 1.0 + (clip_ratio if clip_higher is None else clip_higher)
     near = jnp.clip(ratio, 1.0 - clip_ratio, highest)
     loss, clipped_loss = -advantages * ratio, -advantages * near
@@ -39,9 +38,7 @@ def clipped_surrogate(
 
 
 def sequence_log_ratio(
-    logprobs: Float[Array, "B T"],
-    old_logprobs: Float[Array, "B T"],
-    mask: Bool[Array, "B T"],
+    log_ratio: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
     """Return log ρ of whole completions, per token of them, at each of their tokens.
 
@@ -50,11 +47,10 @@ def sequence_log_ratio(
     Source: Zheng et al. 2025 (GSPO), https://arxiv.org/abs/2507.18071, equation 7.
 
     Args:
-        logprobs: of the tokens, by the policy in training.
-        old_logprobs: of the tokens, by the policy that sampled them.
+        log_ratio: of each token, of the policy in training to that which sampled.
         mask: completion tokens.
     """
-    total = jnp.where(mask, logprobs - old_logprobs, 0.0).sum(axis=1, keepdims=True)
+    total = jnp.where(mask, log_ratio, 0.0).sum(axis=1, keepdims=True)
     mean = total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
     return jnp.where(mask, mean, 0.0)
 
@@ -114,6 +110,25 @@ def surrogate_metrics(
         "policy/entropy_avg": Mean.over(entropy, mask),
         "val/ratio": Mean.over(jnp.exp(log_ratio), mask),
     }
+
+
+def reinforce(
+    logprobs: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+) -> Mean:
+    """Return -Σ_t A_t log π(a_t), a mean over completions.
+
+    Sources: Williams 1992; of whole completions, Ahmadian et al. 2024,
+    https://arxiv.org/abs/2402.14740, equation 6.
+
+    Args:
+        logprobs: of the tokens, by the policy in training.
+        advantages: A_t, without a gradient.
+        mask: completion tokens.
+    """
+    total = jnp.where(mask, advantages * logprobs, 0.0).sum(axis=1)
+    return Mean.over(-total, mask.any(axis=1))
 
 
 def clipped_value(

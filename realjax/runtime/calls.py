@@ -173,6 +173,9 @@ class Calls:
         spec: Train = node.function
         batch = self._inputs(node, buffer, name)
         lengths = buffer.lengths[node.key("tokens")]
+        if spec.only:
+            mask = self.fetch(buffer, key := node.key(spec.only))[key]
+            lengths = np.where(mask.any(axis=1), lengths, 0)
         rows, width = np.arange(len(lengths)), batch["tokens"].shape[1]
         parameters = self.store.get(node.role, self.place(name), version)
         with self.running(name, passing) as event:

@@ -184,9 +184,10 @@ def test_rloo_of_two_is_the_difference_of_scores_and_twice_what_grpo_has():
         "old_logprobs": jnp.zeros((4, 2)),
     }
     one = rloo.advantages(batch, hp=rloo.RLOO(completions_per_prompt=2, kl_coef=0.0))
-    np.testing.assert_allclose(one[0]["advantages"], [-3.0, 3.0, 0.5, -0.5])
+    of_tokens = np.outer([-3.0, 3.0, 0.5, -0.5], [1, 1])
+    np.testing.assert_allclose(one[0]["advantages"], of_tokens)
     hp = grpo.GRPO(completions_per_prompt=2, kl_coef=0.0, scales_advantages=False)
-    other = grpo.advantages(batch, hp=hp)[0]["advantages"][:, 0]
+    other = grpo.advantages(batch, hp=hp)[0]["advantages"]
     np.testing.assert_allclose(one[0]["advantages"], 2 * other)
 
 
@@ -204,7 +205,9 @@ def test_rloo_is_its_formula():
         others = [shaped[r] for r in range(group, group + GROUP) if r != row]
         expected[row] = shaped[row] - np.mean(others)
     outputs, _ = rloo.advantages(as_arrays(batch), hp=hp)
-    np.testing.assert_allclose(outputs["advantages"], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        outputs["advantages"], expected[:, None] * mask, rtol=1e-4, atol=1e-6
+    )
     batch |= {"advantages": np.asarray(outputs["advantages"], np.float64)}
     batch["entropy"] = np.zeros(mask.shape)
 
@@ -212,7 +215,76 @@ def test_rloo_is_its_formula():
         rows = range(2 * GROUP)
         return -np.mean([expected[r] * logprobs[r][mask[r]].sum() for r in rows])
 
-    check(rloo.policy_loss, by_loops, batch["old_logprobs"], batch)
+    check(
+        functools.partial(rloo.policy_loss, hp=hp),
+        by_loops,
+        batch["old_logprobs"],
+        batch,
+    )
+
+
+def test_rloo_weighs_tokens_that_the_trainer_sees_otherwise():
+    batch, hp = rollout(), rloo.RLOO(completions_per_prompt=GROUP, importance_cap=2.0)
+    mask = batch["completion_mask"]
+    moved = batch["old_logprobs"] + np.random.default_rng(5).normal(size=mask.shape)
+    batch |= {
+        "advantages": logprobs_like(mask, seed=9),
+        "entropy": np.zeros(mask.shape),
+    }
+    weights = np.minimum(np.exp(moved - batch["old_logprobs"]), 2.0)
+
+    def by_loops(logprobs, batch):
+        total = (weights * batch["advantages"] * logprobs)[mask].sum()
+        return -total / mask.any(1).sum()
+
+    check(functools.partial(rloo.policy_loss, hp=hp), by_loops, moved, batch)
+    with pytest.raises(ValueError, match=r"importance_cap is 0\.5"):
+        rloo.RLOO(importance_cap=0.5)
+
+
+def test_the_correction_parts_rounding_from_learning_in_the_clipped_loss():
+    batch, hp = rollout(), hyperparameters(kl_coef=0.0, importance_cap=1.5)
+    batch |= {
+        k: np.asarray(v) for k, v in grpo.advantages(as_arrays(batch), hp=hp)[0].items()
+    }
+    mask = batch["completion_mask"]
+    noise = np.random.default_rng(6).normal(size=(2, *mask.shape))
+    batch["proximal_logprobs"] = batch["old_logprobs"] + 0.5 * noise[0]
+    batch["entropy"] = np.zeros(mask.shape)
+    weights = np.exp(batch["proximal_logprobs"] - batch["old_logprobs"])
+    weights = np.minimum(weights, 1.5)
+
+    def by_loops(logprobs, batch):
+        rows = []
+        for row in range(2 * GROUP):
+            own = mask[row]
+            ratio = np.exp(logprobs[row] - batch["proximal_logprobs"][row])[own]
+            advantage = batch["advantages"][row][own]
+            near = np.clip(ratio, 0.8, 1.2)
+            surrogate = np.minimum(ratio * advantage, near * advantage)
+            rows.append(-(weights[row][own] * surrogate).mean())
+        return np.mean(rows)
+
+    moved = batch["proximal_logprobs"] + 0.2 * noise[1]
+    check(functools.partial(grpo.policy_loss, hp=hp), by_loops, moved, batch)
+    assert "proximal" in grpo.graph(hp).calls
+    assert "proximal" not in grpo.graph(hyperparameters()).calls
+
+
+def test_dynamic_sampling_keeps_the_first_groups_whose_scores_differ():
+    # Of six groups of two a third is wanted; the first, third and fourth are alike.
+    scores = jnp.asarray([1.0, 1, 1, 0, 0, 0, 2, 2, 0, 3, 1, 0])
+    batch = {
+        "completion_mask": jnp.ones((12, 2), bool),
+        "is_truncated": jnp.zeros(12, bool),
+        "scores": scores,
+        "old_logprobs": jnp.zeros((12, 2)),
+    }
+    hp = grpo.GRPO(completions_per_prompt=2, kl_coef=0.0, oversampling=3)
+    learned = grpo.advantages(batch, hp=hp)[0]["learned_mask"]
+    np.testing.assert_array_equal(np.flatnonzero(learned.all(1)), [2, 3, 8, 9])
+    assert learned.any(1).sum() == 4
+    assert grpo.graph(hp).calls["train_policy"].function.only == "learned_mask"
 
 
 def test_groups_that_do_not_divide_the_batch_are_refused():
