@@ -2,6 +2,7 @@
 
     python -m realjax.cli.convert --source=FOLDER
     python -m realjax.cli.convert --source=FOLDER --target=FOLDER --dtype=bfloat16
+    python -m realjax.cli.convert --source=FOLDER --target=FOLDER --adapters=FOLDER
 
 Without a target it only describes the source. What is written is safetensors, with an
 index, the config and the tokenizer; .bin files are read without PyTorch, and nothing in
@@ -32,6 +33,7 @@ def declare(values: flags.FlagValues, arguments: list[str]) -> list[str]:
         ("target", "", "Folder to write; by default the source is only described."),
         ("dtype", "", "Of the tensors written; by default the widest of the source's."),
         ("head", "", "scalar: a language model becomes a reward model or critic."),
+        ("adapters", "", "Folder of adapters in PEFT's layout, to merge into it."),
         ("family", "", "Module of a model family of your own, as it is imported."),
     ):
         flags.DEFINE_string(name, default, about, flag_values=values)
@@ -60,7 +62,7 @@ def main(values: flags.FlagValues) -> int:
         raise ValueError(
             f"--max_file_megabytes={values.max_file_megabytes}; it must be at least 1."
         )
-    if not values.target and (values.dtype or values.head):
+    if not values.target and (values.dtype or values.head or values.adapters):
         raise ValueError("--target is missing: the folder to write what is converted.")
     console = Console()
     family = values.family or None
@@ -75,6 +77,7 @@ def main(values: flags.FlagValues) -> int:
                 head=values.head or None,
                 family=family,
                 seed=values.seed,
+                adapters=values.adapters or None,
                 max_shard_bytes=values.max_file_megabytes * 10**6,
                 on_tensor=on,
             )

@@ -11,13 +11,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from realjax.core.arrays import Array, Float
+from realjax.core.arrays import Array, Float, UInt
 from realjax.models import rotary
 from realjax.models.axes import KEY_VALUE, QUERY
 from realjax.models.config import ModelConfig
 from realjax.models.norm import Norm
 from realjax.models.partition import WHOLE, Partition
-from realjax.models.projection import Projection
+from realjax.models.projection import Projection, reduced
 
 # (query, key, value) -> (output, whatever the caller wants back, such as a pool)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -41,9 +41,15 @@ class Attention(nn.Module):
         x: Float[Array, "B T D"],
         rotation: rotary.Rotation | None,
         attend: Attend,
+        noise_keys: UInt[Array, "B T W"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Project, rotate, attend, project back; also return what `attend` did."""
         config, constrain = self.config, self.partition.constrain
+        shared = None
+        if config.adapters is not None and self.has_variable("params", "lora_a"):
+            first = self.get_variable("params", "lora_a")
+            cast = x.astype(self.dtype)
+            shared = reduced(cast, first, config.adapters, noise_keys, "attention")
 
         def project(num_heads: int, name: str) -> Array:
             return Projection(
@@ -51,8 +57,9 @@ class Attention(nn.Module):
                 self.kernel_init,
                 has_bias=config.has_qkv_bias,
                 dtype=self.dtype,
+                adapters=config.adapters,
                 name=name,
-            )(x)
+            )(x, noise_keys, shared)
 
         def turned(heads: Array, name: str) -> Array:
             if config.has_query_key_norm:
@@ -72,9 +79,10 @@ class Attention(nn.Module):
             2,
             has_bias=config.has_output_bias,
             dtype=self.dtype,
+            adapters=config.adapters,
             name="output",
         )
-        return output(constrain(attended, QUERY)), memory
+        return output(constrain(attended, QUERY), noise_keys), memory
 
     def _repeated(self, heads: Float[Array, "B T N K"]) -> Float[Array, "B T M K"]:
         """Repeat key or value heads so that every part has those its queries read.

@@ -135,7 +135,8 @@ class Block(nn.Module):
             attention = Attention(
                 config, name="attention", partition=self.partition, **shared
             )
-            update, memory = attention(norm("attention_norm")(x), rotation, attend)
+            normal = norm("attention_norm")(x)
+            update, memory = attention(normal, rotation, attend, noise_keys)
             x = add(x, update, "attention")
         normal, routing = norm("mlp_norm")(x), None
         if config.moe is not None:
@@ -144,5 +145,5 @@ class Block(nn.Module):
         else:
             with jax.named_scope("mlp"):
                 mlp = FeedForward(config, name="mlp", constrain=constrain, **shared)
-                update = mlp(normal)
+                update = mlp(normal, noise_keys)
         return add(x, update, "mlp"), memory, routing

@@ -11,10 +11,12 @@ from typing import Literal
 from realjax.core.config import check_choice
 from realjax.models.rope_scaling import RopeScaling
 
-__all__ = ["ACTIVATIONS", "MoEConfig", "ModelConfig", "RopeScaling"]
+__all__ = ["ACTIVATIONS", "Adapters", "MoEConfig", "ModelConfig", "RopeScaling"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 NORMS = ("rms", "gemma", "layer")
+PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
+"""Those that may have an adapter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,59 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """Low-rank adapters beside projections; they are trained, and nothing else.
+
+    y = x W + scale (dropout(x) A) B        A [inputs, rank], B [rank, outputs]
+
+    A scalar head is trained with them.
+
+    Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, eq. 3.
+
+    Attributes:
+        rank: of A B.
+        alpha: the scale is alpha / rank.
+        targets: the projections, of `PROJECTIONS`.
+        dropout: in training, the share of the inputs of A that are zero.
+        is_rank_stabilized: the scale is alpha / sqrt(rank) (Kalajdzievski 2023,
+            https://arxiv.org/abs/2312.03732).
+        shares_input: query, key and value have one A, as where a checkpoint holds them
+            in one tensor.
+        base_dtype: in memory, of what is not trained; "" is that of the adapters.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    dropout: float = 0.0
+    is_rank_stabilized: bool = False
+    shares_input: bool = False
+    base_dtype: str = ""
+
+    def __post_init__(self):
+        """Check that there is something to train."""
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank} of adapters; it must be at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1).")
+        for name in self.targets:
+            check_choice("targets", name, PROJECTIONS)
+        if not self.targets:
+            raise ValueError("targets is empty: adapters stand beside projections.")
+        shared = {"query", "key", "value"}
+        if self.shares_input and shared & {*self.targets} not in (set(), shared):
+            raise ValueError(
+                f"targets is {self.targets}, and query, key and value share their"
+                " input's adapter. Name all three or none."
+            )
+
+    @property
+    def scale(self) -> float:
+        """The factor of A B."""
+        return self.alpha / (self.rank**0.5 if self.is_rank_stabilized else self.rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Everything that decides the parameter tree and the arithmetic of a model.
 
@@ -96,6 +151,7 @@ class ModelConfig:
         logit_soft_cap: the same of the logits of the language head.
         is_embedding_scaled: the embedding is multiplied by sqrt(width).
         moe: experts, if the model has them.
+        adapters: low-rank ones, if they are all that is trained.
         tie_embeddings: the embedding is also the language head.
         head: "language" scores the vocabulary; "scalar" gives one number per token,
             for reward models and critics.
@@ -137,6 +193,7 @@ class ModelConfig:
     logit_soft_cap: float | None = None
     is_embedding_scaled: bool = False
     moe: MoEConfig | None = None
+    adapters: Adapters | None = None
     tie_embeddings: bool = False
     head: Literal["language", "scalar"] | str = "language"
     max_positions: int = 2048
@@ -167,6 +224,20 @@ class ModelConfig:
             raise ValueError(
                 "Experts here are gated and have no biases; the config has"
                 f" is_gated={self.is_gated} and has_mlp_bias={self.has_mlp_bias}."
+            )
+        if self.adapters is not None:
+            self._check_adapters(self.adapters)
+
+    def _check_adapters(self, adapters: Adapters) -> None:
+        missing = {"gate"} if not self.is_gated else set()
+        if self.moe is not None:
+            missing = {"gate", "up", "down"}
+        if wrong := [name for name in adapters.targets if name in missing]:
+            why = "are experts'" if self.moe is not None else "are not there"
+            raise ValueError(
+                f"Adapters have the targets {', '.join(wrong)}, which {why} in this"
+                " model. Targets may be"
+                f" {', '.join(p for p in PROJECTIONS if p not in missing)}."
             )
 
     def _check_heads(self) -> None:
@@ -209,6 +280,12 @@ class ModelConfig:
     def padded_num_layers(self) -> int:
         """Layers of the stack in memory; those past `num_layers` do nothing."""
         return _padded(self.num_layers, self.layer_multiple)
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether training draws random numbers: jitter of routers, or dropout."""
+        has_jitter = self.moe is not None and self.moe.jitter > 0
+        return has_jitter or (self.adapters is not None and self.adapters.dropout > 0)
 
     def longest_sequence(self, *, is_sampled: bool) -> int:
         """Return how many tokens a sequence may have.
@@ -269,6 +346,25 @@ class ModelConfig:
         return (2 + self.is_gated) * self.width * self.mlp_width
 
     @property
+    def num_adapter_parameters(self) -> int:
+        """Parameters of the adapters of all layers; 0 without."""
+        if self.adapters is None:
+            return 0
+        heads, kv_heads = (
+            n * self.head_dim for n in (self.num_heads, self.num_kv_heads)
+        )
+        width, mlp = self.width, self.mlp_width
+        sides = {
+            **{"query": (width, heads), "output": (heads, width), "down": (mlp, width)},
+            **dict.fromkeys(("key", "value"), (width, kv_heads)),
+            **dict.fromkeys(("gate", "up"), (width, mlp)),
+        }
+        size = sum(sum(sides[name]) for name in self.adapters.targets)
+        if self.adapters.shares_input and "query" in self.adapters.targets:
+            size -= 2 * width
+        return self.num_layers * self.adapters.rank * size
+
+    @property
     def num_head_parameters(self) -> int:
         """Parameters of the head; 0 where the embedding is the head."""
         if self.head == "scalar":
@@ -277,7 +373,7 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """All parameters, embedding and head included, padding left out."""
+        """All parameters, embedding and head included; no padding, no adapters."""
         rows = self.vocab_size
         if self.positions == "learned":
             rows += self.max_positions

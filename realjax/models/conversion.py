@@ -16,6 +16,7 @@ from realjax.models.block import INIT_DEVIATION
 from realjax.models.byte_ranges import FLOATS
 from realjax.models.checkpoint_config import GENERATION_FILE
 from realjax.models.config import ModelConfig
+from realjax.models.lora_files import Updates
 from realjax.models.new_folder import NewFolder
 from realjax.models.parameters import abstract_parameters
 from realjax.models.tensor_checks import (
@@ -134,6 +135,7 @@ def convert(
     head: str | None = None,
     family: str | None = None,
     seed: int = 0,
+    adapters: str | Path | None = None,
     max_shard_bytes: int,
     on_tensor: Callable[[], Any] = lambda: None,
 ) -> None:
@@ -148,6 +150,8 @@ def convert(
             left out and a new one is drawn.
         family: name of the module of a family of your own.
         seed: of a new head.
+        adapters: folder in PEFT's layout, to be added to the matrices; and to take a
+            scalar head from, if it has one.
         max_shard_bytes: of one file; a larger tensor gets its own.
         on_tensor: called after each tensor.
 
@@ -157,8 +161,14 @@ def convert(
             what is asked for.
     """
     source, new = Path(source), NewFolder(target)
-    with _opened(source, family) as (own, files, own_shapes):
+    with (
+        _opened(source, family) as (own, files, own_shapes),
+        contextlib.ExitStack() as opened,
+    ):
         config = _with_head(source, own, head)
+        added = None
+        if adapters is not None:
+            added = opened.enter_context(Updates(adapters, config))
         # With a new head it is not what it was trained to be.
         is_same = config.head == own.head
         role = checkpoint_config.read_role(source) if is_same else None
@@ -170,8 +180,12 @@ def convert(
 
         def array(name: str) -> np.ndarray:
             on_tensor()
+            if added is not None and (score := added.score(name)) is not None:
+                return _cast(name, score, dtype)
             if name in own_shapes:
                 whole = files.read(name, tuple(map(slice, shapes[name])))
+                if added is not None and (update := added.of(name)) is not None:
+                    whole = whole.astype(np.float32) + update
                 return _cast(name, whole, dtype)
             generator = np.random.default_rng(seed)
             return INIT_DEVIATION * generator.standard_normal(shapes[name], np.float32)

@@ -55,13 +55,52 @@ class Alone:
         return act()
 
 
+def alone() -> Agreement:
+    """Return the agreement of a run of one process.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes save together, and there is no"
+            " `agreement` for them to wait for each other. Give each a"
+            " `realjax.runtime.agreement.Agreement`."
+        )
+    return Alone()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Merged:
+    """A projection with its adapter added, item by item: kernel + scale × A B.
+
+    It stands in a tree where the sum would, which nobody holds whole.
+
+    Attributes:
+        kernel: [layer, inputs…, outputs…], on any devices.
+        first: A, [layer, inputs…, rank].
+        second: B, [layer, rank, outputs…].
+        scale: of their product.
+    """
+
+    kernel: Array
+    first: Array
+    second: Array
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the kernel."""
+        return self.kernel.shape
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
     """A parameter, or an item of a stacked one, that a stored tensor is made of.
 
     Attributes:
         tensor: its layout.
-        array: the parameter, padding included.
+        array: the parameter, padding included; or a `Merged` in its place.
         index: of the item in the parameter's stacked dimensions.
         shape: of the item without padding.
     """
@@ -145,6 +184,7 @@ def writers(tree: PyTree, agreement: Agreement) -> list[int]:
 
 
 def _holders(leaf: Any) -> list[int]:
+    leaf = leaf.kernel if isinstance(leaf, Merged) else leaf
     if not isinstance(leaf, jax.Array):
         return []
     return sorted({device.process_index for device in leaf.sharding.device_set})
@@ -153,17 +193,23 @@ def _holders(leaf: Any) -> list[int]:
 def _item(source: Source, dtype: np.dtype, is_wanted: bool) -> np.ndarray | None:
     """Gather an item; its padding is cut off."""
     array, cut = source.array, tuple(map(slice, source.shape))
+    parts, scale = (array,), 0.0
+    if isinstance(array, Merged):
+        parts, scale = (array.kernel, array.first, array.second), array.scale
+        array = array.kernel
     is_ours = not isinstance(array, jax.Array) or array.is_fully_addressable
     if is_ours and not is_wanted:
         return None
-    if not isinstance(array, jax.Array) or (is_ours and array.nbytes <= SMALL_BYTES):
+    is_small = is_ours and array.nbytes <= SMALL_BYTES and len(parts) == 1
+    if not isinstance(array, jax.Array) or is_small:
         return np.asarray(array)[source.index][cut].astype(dtype, copy=False)
     if not array.sharding.addressable_devices:
         return None
     order = source.tensor.order
     item = _item_on_devices(
-        array,
+        parts,
         np.asarray(source.index, np.int32),
+        scale,
         order,
         dtype,
         _item_sharding(array, order, is_replicated=not is_ours),
@@ -189,17 +235,25 @@ def _item_sharding(
     return NamedSharding(sharding.mesh, PartitionSpec(*inner))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _item_on_devices(
-    array: Array,
+    parts: tuple[Array, ...],
     index: Array,
+    scale: float,
     order: tuple[int, ...],
     dtype: np.dtype,
     sharding: Sharding | None,
 ) -> Array:
     """Take an item of the stack, lay it out and cast it: devices do that faster."""
     for place in index:
-        array = jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
+        parts = tuple(
+            jax.lax.dynamic_index_in_dim(part, place, keepdims=False) for part in parts
+        )
+    array, *adapter = parts
+    if adapter:
+        first, second = (part.astype(jnp.float32) for part in adapter)
+        update = jnp.tensordot(first, second, 1, precision=jax.lax.Precision.HIGHEST)
+        array = array.astype(jnp.float32) + scale * update
     # A copy, even if there is nothing to do: an array keeps the host copy that was
     # once made of it, and this one is soon gone.
     item = jnp.copy(array.transpose(order).astype(dtype))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from realjax.core.arrays import Array, Float
+from realjax.core.arrays import Array, Float, UInt
 from realjax.models.axes import MLP, Constrain, unconstrained
 from realjax.models.config import ModelConfig
 from realjax.models.projection import Projection
@@ -37,25 +37,30 @@ class FeedForward(nn.Module):
     constrain: Constrain = unconstrained
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        noise_keys: UInt[Array, "B T W"] | None = None,
+    ) -> Float[Array, "B T D"]:
         """Apply the layer to every token."""
         config = self.config
 
-        def project(features: int, name: str, init: nn.initializers.Initializer):
+        def project(x: Array, features: int, name: str, init) -> Array:
             return Projection(
                 (features,),
                 init,
                 has_bias=config.has_mlp_bias,
                 dtype=self.dtype,
+                adapters=config.adapters,
                 name=name,
-            )
+            )(x, noise_keys)
 
-        up = project(config.mlp_width, "up", self.kernel_init)(x)
+        up = project(x, config.mlp_width, "up", self.kernel_init)
         gate = None
         if config.is_gated:
-            gate = project(config.mlp_width, "gate", self.kernel_init)(x)
+            gate = project(x, config.mlp_width, "gate", self.kernel_init)
         hidden = self.constrain(activated(config.activation, gate, up), MLP)
-        return project(x.shape[-1], "down", self.output_init)(hidden)
+        return project(hidden, x.shape[-1], "down", self.output_init)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(0,))

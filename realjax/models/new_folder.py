@@ -22,17 +22,21 @@ class NewFolder:
         partial: the folder to write into.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, config_file: str = CONFIG_FILE):
         """Make nothing yet.
 
         Where the path is a link, what it leads to is replaced, and the link stays.
+
+        Args:
+            path: of the folder.
+            config_file: that a checkpoint of this kind has.
 
         Raises:
             FileExistsError: if there is something that is not a checkpoint.
         """
         self.path = Path(os.path.realpath(path))
         self.partial = self.path.with_name(f".{self.path.name}.partial")
-        if self.path.exists() and (why := _why_kept(self.path)):
+        if self.path.exists() and (why := _why_kept(self.path, config_file)):
             raise FileExistsError(
                 f"{self.path} {why}; it will not be replaced by a checkpoint. Choose"
                 " another folder."
@@ -58,7 +62,7 @@ class NewFolder:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _why_kept(path: Path) -> str:
+def _why_kept(path: Path, config_file: str) -> str:
     """Say what speaks against replacing a path; "" if it is empty or a checkpoint.
 
     All that is in a folder goes with it, and many a project has a config.json.
@@ -68,9 +72,9 @@ def _why_kept(path: Path) -> str:
     entries = sorted(path.iterdir())
     if not entries:
         return ""
-    if not (path / CONFIG_FILE).exists():
-        return f"is not empty and holds no {CONFIG_FILE}"
+    if not (path / config_file).exists():
+        return f"is not empty and holds no {config_file}"
     if folders := [entry.name for entry in entries if entry.is_dir()]:
         return f"holds the folder {folders[0]!r}, which a checkpoint has not"
     has_tensors = any(entry.name.endswith(TENSOR_ENDS) for entry in entries)
-    return "" if has_tensors else f"holds a {CONFIG_FILE} and no tensors"
+    return "" if has_tensors else f"holds a {config_file} and no tensors"

@@ -1,6 +1,7 @@
-"""The matrix product of every layer."""
+"""The matrix product of every layer, and the low-rank adapter beside it."""
 
 import functools
+import zlib
 from typing import Any
 
 import flax.linen as nn
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from realjax.core.arrays import Array, Float
+from realjax.core.arrays import Array, Float, UInt
 from realjax.models import quantized
+from realjax.models.config import Adapters
 from realjax.models.quantized import Quantized
 
 # The name of these products for rematerialisation policies, which do not see inside a
@@ -75,23 +77,83 @@ def project_quantized(
     return (sums * scale).astype(x.dtype)
 
 
+def reduced(
+    x: Float[Array, "B T *inputs"],
+    kernel: Float[Array, "*inputs R"],
+    adapters: Adapters,
+    noise_keys: UInt[Array, "B T W"] | None,
+    name: str,
+) -> Float[Array, "B T R"]:
+    """Apply the first matrix of an adapter, A, in x's dtype; in training to dropout(x).
+
+    Args:
+        x: inputs of the projection.
+        kernel: A.
+        adapters: of the model.
+        noise_keys: data of a random key for each token of this layer; None drops
+            nothing.
+        name: of the projection; each drops others.
+    """
+    if noise_keys is not None and adapters.dropout:
+        x = _dropped(x, noise_keys, adapters.dropout, name)
+    return project(x, kernel, kernel.ndim - 1)
+
+
+def _dropped(x: Array, noise_keys: Array, rate: float, name: str) -> Array:
+    """Zero a share of each token's inputs, and multiply the others by 1 / (1 - rate).
+
+    What a token loses follows from its key alone, whatever row it is in.
+    """
+    salt = zlib.crc32(name.encode())
+
+    def draw(data: Array) -> Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(data), salt)
+        return jax.random.bernoulli(key, 1 - rate, x.shape[2:])
+
+    is_kept = jax.vmap(jax.vmap(draw))(noise_keys)
+    return jnp.where(is_kept, x / (1 - rate), 0).astype(x.dtype)
+
+
 class Projection(nn.Module):
-    """A learned matrix, of any number of input and output dimensions."""
+    """A learned matrix, of any number of input and output dimensions.
+
+    Where there are parameters of an adapter beside its own it adds what that gives.
+    """
 
     features: tuple[int, ...]
     kernel_init: nn.initializers.Initializer
     num_contracted: int = 1
     has_bias: bool = False
     dtype: DTypeLike = jnp.float32
+    adapters: Adapters | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*inputs"]) -> Float[Array, "*outputs"]:
-        """Project every token."""
+    def __call__(
+        self,
+        x: Float[Array, "*inputs"],
+        noise_keys: UInt[Array, "B T W"] | None = None,
+        shared: Float[Array, "B T R"] | None = None,
+    ) -> Float[Array, "*outputs"]:
+        """Project every token.
+
+        Args:
+            x: inputs.
+            noise_keys: for the dropout of the adapter; see `reduced`.
+            shared: what an adapter's first matrix gives, where projections share it.
+        """
+        x = x.astype(self.dtype)
         shape = (*x.shape[x.ndim - self.num_contracted :], *self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         multiply: Any = project_quantized if isinstance(kernel, Quantized) else project
-        out = multiply(x.astype(self.dtype), kernel, self.num_contracted)
+        out = multiply(x, kernel, self.num_contracted)
         out = checkpoint_name(out, PRODUCT)
+        if self.adapters is not None and self.has_variable("params", "lora_b"):
+            if shared is None:
+                first = self.get_variable("params", "lora_a")
+                shared = reduced(x, first, self.adapters, noise_keys, str(self.name))
+            second = self.get_variable("params", "lora_b")
+            update: Any = project(shared, second, 1)
+            out = out + self.adapters.scale * update
         if not self.has_bias:
             return out
         zeros = nn.initializers.zeros_init()

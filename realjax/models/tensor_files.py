@@ -43,13 +43,16 @@ class TensorFiles:
     What was opened is read, also if another checkpoint takes the folder's name.
     """
 
-    def __init__(self, folder: str | Path, needed: Iterable[str] = ()):
+    def __init__(
+        self, folder: str | Path, needed: Iterable[str] = (), *, file: str = ""
+    ):
         """Open a checkpoint folder.
 
         Args:
             folder: of the files.
             needed: names of tensors that will be read, so that the message about a
                 file of which nothing can be read says what is missing.
+            file: the one to open, and no other.
 
         Raises:
             FileNotFoundError: if the folder or one of its files is missing.
@@ -59,7 +62,7 @@ class TensorFiles:
         self._ranges = ByteRanges()
         self._places: dict[str, TensorPlace] = {}
         try:
-            self._open_all(set(needed))
+            self._open_all(set(needed), file)
         except BaseException:
             self.close()
             raise
@@ -130,13 +133,14 @@ class TensorFiles:
         self.check_dtype(name)
         return self._ranges.read(name, self._places[name], box)
 
-    def _open_all(self, needed: set[str]) -> None:
+    def _open_all(self, needed: set[str], file: str) -> None:
         before = _identity(self.folder)
-        single_file, index, weight_map = _find_files(self.folder)
+        found = (file, "", {}) if file else _find_files(self.folder)
+        single_file, index, weight_map = found
         files = sorted(set(weight_map.values())) if index else [single_file]
-        for file in files:
-            wanted = {name for name, where in weight_map.items() if where == file}
-            self._open(self.folder / file, wanted, wanted or needed, index)
+        for name in files:
+            wanted = {tensor for tensor, where in weight_map.items() if where == name}
+            self._open(self.folder / name, wanted, wanted or needed, index)
         if _identity(self.folder) != before:
             raise ValueError(
                 f"{self.folder} was replaced by another checkpoint while it was opened."

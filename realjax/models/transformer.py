@@ -118,8 +118,8 @@ def run(
         tokens: ids; anything in [0, V) on padding.
         positions: place of each token in its own sequence, from 0.
         segment_ids: 1, 2, … for the sequences of a row; 0 is padding.
-        noise_keys: data of a random key for each token, for the jitter of routers;
-            None is none.
+        noise_keys: data of a random key for each token, for the jitter of routers and
+            the dropout of adapters; None is none.
         dtype: of the activations and of the matrix products.
         remat: one of `REMATS`.
         partition: how the work is split.

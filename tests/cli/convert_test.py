@@ -11,7 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from realjax.cli.convert import command
-from realjax.models import hf
+from realjax.models import hf, lora_files
+from realjax.models.lora import merged, with_adapters
+from realjax.models.parameters import join, split
+from tests.functions.plain import sharp_parameters
 
 TESTS = pathlib.Path(__file__).parents[1]
 UNTIED, SCALAR = (TESTS / "parity/data" / name for name in ("hf_untied", "hf_scalar"))
@@ -215,3 +218,38 @@ def test_what_cannot_be_meant_is_one_message_and_nothing_is_written(
     assert command(named) == 2
     assert text in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["full", "thesis.tex"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_are_merged_into_a_base(tmp_path, capsys, dtype):
+    base = hf.read_config(UNTIED)
+    config = with_adapters(base, rank=2, alpha=6.0, targets=("o_proj", "up_proj"))
+    parameters = sharp_parameters(config)
+    lora_files.save_adapters(tmp_path / "adapters", config, parameters)
+    run(
+        capsys,
+        f"--source={UNTIED}",
+        f"--target={tmp_path / 'merged'}",
+        f"--adapters={tmp_path / 'adapters'}",
+        f"--dtype={dtype}",
+    )
+    beside = join(split(parameters, config)[0], hf.load(UNTIED))
+    hf.save(tmp_path / "wanted", base, merged(beside, config), dtype=dtype)
+    found, wanted = (
+        load_file(tmp_path / name / "model.safetensors")
+        for name in ("merged", "wanted")
+    )
+    before = load_file(UNTIED / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        tolerance = 1e-6 if dtype == "float32" else 1e-2
+        np.testing.assert_allclose(
+            found[name].astype(np.float32), value.astype(np.float32), atol=tolerance
+        )
+        is_target = name.endswith(("o_proj.weight", "up_proj.weight"))
+        assert is_target == (np.abs(found[name] - before[name]).max() > 0.01)
+
+
+def test_adapters_need_a_target(capsys):
+    assert command([f"--source={UNTIED}", "--adapters=somewhere"]) != 0
+    assert "--target is missing" in capsys.readouterr().err
