@@ -28,7 +28,10 @@ def trained_roles(config):
 
 
 # As `:debug` these run about what others do.
-COPIES = ("compile_", "llama7b_", "orpo", "raft", "reinforce_pp", "rloo")
+COPIES = (
+    *("compile_", "distillation", "llama7b_", "online_dpo", "orpo", "raft"),
+    *("reinforce_pp", "rloo"),
+)
 
 
 @pytest.mark.parametrize(

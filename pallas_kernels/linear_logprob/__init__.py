@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of a linear layer over the vocabulary."""
+"""Log-probabilities, entropies and the likeliest tokens of a linear layer."""
 
 from pallas_kernels.linear_logprob.api import (
     default_chunk_size,
@@ -13,7 +13,11 @@ from pallas_kernels.linear_logprob.reference import (
     kept_logits,
     scaled_logits,
 )
-from pallas_kernels.linear_logprob.sharded import sharded_linear_logprob
+from pallas_kernels.linear_logprob.sharded import (
+    sharded_linear_logprob,
+    sharded_linear_top,
+)
+from pallas_kernels.linear_logprob.top import linear_top
 
 __all__ = [
     "Scores",
@@ -24,6 +28,8 @@ __all__ = [
     "kept_logits",
     "linear_logprob",
     "linear_scores",
+    "linear_top",
     "scaled_logits",
     "sharded_linear_logprob",
+    "sharded_linear_top",
 ]

@@ -2,6 +2,8 @@
 
     logprob_t = log softmax_kept(capped(hidden_t · kernel) / temperature)[target_t]
 
+Of each token one target is scored, or several, as a teacher's most likely ones.
+
 mosaic     on Hopper: logits stay in registers; blocks are cast one at a time
 dense      all logits at once, kept for the gradient: few tokens, on a CPU
 chunked    the logits of some tokens and some columns at a time: everything else
@@ -71,7 +73,7 @@ class Plan(NamedTuple):
 def linear_logprob(
     hidden: Float[Array, "T D"],
     kernel: Float[Array, "D V"],
-    targets: Int[Array, " T"],
+    targets: Int[Array, " T"] | Int[Array, "T K"],
     *,
     temperature: float = 1.0,
     kept: Kept | None = None,
@@ -81,8 +83,8 @@ def linear_logprob(
     block_size: int | None = None,
     constrain_kernel: Callable[[Array], Array] | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
-    """Score one target per row, and measure the entropy of its distribution.
+) -> tuple[Float[Array, " T"] | Float[Array, "T K"], Float[Array, " T"]]:
+    """Score the targets of each row, and measure the entropy of its distribution.
 
     The products take the type of `hidden` and accumulate in float32; everything after
     them is float32, the gradient of the kernel included, but for the gradients to the
@@ -94,7 +96,7 @@ def linear_logprob(
     Args:
         hidden: one vector per token.
         kernel: of the linear layer.
-        targets: token ids to score.
+        targets: token ids to score, one of each token or several.
         temperature: the logits are divided by it.
         kept: ids (int32, padded with -1) or bits (uint32) of the tokens each
             distribution is restricted to; an empty set is the whole vocabulary.
@@ -137,7 +139,7 @@ def linear_logprob(
 def linear_scores(
     hidden: Float[Array, "T D"],
     kernel: Float[Array, "D V"],
-    targets: Int[Array, " T"],
+    targets: Int[Array, " T"] | Int[Array, "T K"],
     *,
     temperature: float = 1.0,
     kept: Kept | None = None,
@@ -175,6 +177,7 @@ def linear_scores(
         kernel_dtype=kernel.dtype,
         device=_dispatch.device(),
         has_sets=kept is not None,
+        has_several=targets.ndim > 1,
         is_cut=constrain_kernel is not None,
         chunk_size=chunk_size,
         block_size=block_size,
@@ -375,7 +378,8 @@ def _dense(request: Request) -> tuple[Cut, Cut]:
     return Cut(None, None), Cut(None, None)
 
 
-def _chunked_cut(request: Request) -> Cut:
+def chunked_cut(request: Request) -> Cut:
+    """Return how much the loops look at together."""
     chunk_size = request.chunk_size or default_chunk_size(
         request.num_tokens, request.num_columns, device=request.device
     )
@@ -387,11 +391,11 @@ def _chunked_cut(request: Request) -> Cut:
 
 
 def _chunked(request: Request) -> tuple[Cut, Cut]:
-    return _chunked_cut(request), _chunked_cut(request)
+    return chunked_cut(request), chunked_cut(request)
 
 
 def _dense_unwise(request: Request) -> str | None:
-    chunk_size, block_size, _ = _chunked_cut(request)
+    chunk_size, block_size, _ = chunked_cut(request)
     assert chunk_size is not None
     if request.num_tokens > chunk_size:
         return f"{request.num_tokens} tokens are more than a chunk of {chunk_size}"

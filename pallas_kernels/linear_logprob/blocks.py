@@ -51,13 +51,13 @@ class Scores(NamedTuple):
     """What is kept of each token's logits.
 
     Attributes:
-        logprobs: of the targets.
+        logprobs: of the targets; one of each token, or several.
         entropy: of the distributions.
         log_normalizer: log of the sum of exp(logit / temperature), times the
             temperature: as a logit that is not divided.
     """
 
-    logprobs: Float[Array, " T"]
+    logprobs: Float[Array, " T"] | Float[Array, "T K"]
     entropy: Float[Array, " T"]
     log_normalizer: Float[Array, " T"]
 
@@ -72,7 +72,7 @@ class Rows(NamedTuple):
     """
 
     hidden: Float[Array, "T D"]
-    targets: Int[Array, " T"]
+    targets: Int[Array, " T"] | Int[Array, "T K"]
     kept: Any
     scores: Scores
     cotangents: list[Any]
@@ -101,7 +101,8 @@ class Parts(NamedTuple):
     highest: Float[Array, " T"]
     total: Float[Array, " T"]
     weighted: Float[Array, " T"]  # Σ weight · (logit - highest) / temperature
-    target: Float[Array, " T"]  # The target's logit if it is among them, or 0.
+    # The logit of a target if it is among them, or 0.
+    target: Float[Array, " T"] | Float[Array, "T K"]
 
 
 def constrained(static: Static, kernel):
@@ -140,7 +141,7 @@ def columns_of(kernel, block: Block):
     return jax.lax.dynamic_slice_in_dim(kernel, block.start, block.width, axis=1)
 
 
-def _first_id(static: Static, block: Block):
+def first_id(static: Static, block: Block):
     """Return the token id of a block's first column."""
     if not static.vocab_axes:
         return block.start
@@ -164,7 +165,7 @@ def _is_counted(static: Static, block: Block, kept):
         mask = reference.is_kept(kept, static.vocab_size)
         mask = jnp.pad(mask, ((0, 0), (0, width - static.vocab_size)))
     elif is_part or width > static.vocab_size:
-        first = _first_id(static, block)
+        first = first_id(static, block)
         if kept is not None:
             mask = reference.is_kept_between(kept, first, width, static.vocab_size)
         else:
@@ -179,7 +180,7 @@ def _is_counted(static: Static, block: Block, kept):
 
 def _place(static: Static, block: Block, targets):
     """Return where in a block a target is, and whether it is there."""
-    place = targets - _first_id(static, block)
+    place = targets - first_id(static, block)
     return place, (place >= block.num_done) & (place < block.width)
 
 
@@ -192,7 +193,7 @@ def _compute_columns(hidden, columns):
 
 def _counted(static: Static, block: Block, kept) -> Counted:
     """Return which logits of a block count, as the Mosaic kernel takes it."""
-    first = _first_id(static, block)
+    first = first_id(static, block)
     if kept is not None:
         words = reference.words_between(
             kept, first, block.width, static.vocab_size, num_left_out=block.num_done
@@ -220,8 +221,8 @@ def parts_of(static: Static, block: Block, logits, targets) -> Parts:
     below = (logits - highest) * (1.0 / static.temperature)
     weights = jnp.exp(below)
     place, is_here = _place(static, block, targets)
-    place = jnp.clip(place, 0, block.width - 1)
-    target = jnp.take_along_axis(logits, place[:, None], axis=-1)[:, 0]
+    place = jnp.clip(place, 0, block.width - 1).reshape(len(logits), -1)
+    target = jnp.take_along_axis(logits, place, axis=-1).reshape(targets.shape)
     return Parts(
         highest=highest[:, 0],
         total=jnp.sum(weights, axis=-1),
@@ -279,10 +280,11 @@ def combine(static: Static, parts: Parts) -> Scores:
             (total, weighted, target), static.vocab_axes
         )
     log_total = jnp.log(total)
-    below = (target - highest) * (1.0 / static.temperature)
+    of_targets = lambda x: x if target.ndim == 1 else x[:, None]
+    below = (target - of_targets(highest)) * (1.0 / static.temperature)
     is_possible = target > 0.5 * NOT_KEPT
     return Scores(
-        logprobs=jnp.where(is_possible, below - log_total, -jnp.inf),
+        logprobs=jnp.where(is_possible, below - of_targets(log_total), -jnp.inf),
         entropy=log_total - weighted / total,
         log_normalizer=highest + static.temperature * log_total,
     )
@@ -317,13 +319,15 @@ class _Weights(NamedTuple):
 
         gradient_v = ([v = target] at_target - p_v (constant + slope log p_v))
 
+    With several targets, the first term is a sum over them.
+
     Attributes:
         at_target: None where it is zero.
         constant: likewise.
         slope: likewise.
     """
 
-    at_target: Float[Array, " T"] | None
+    at_target: Float[Array, " T"] | Float[Array, "T K"] | None
     constant: Float[Array, " T"] | None
     slope: Float[Array, " T"] | None
 
@@ -341,7 +345,7 @@ def _weights(static: Static, rows: Rows) -> _Weights:
     )
     terms = []
     if by_logprob is not None:
-        terms.append(by_logprob)
+        terms.append(by_logprob if by_logprob.ndim == 1 else by_logprob.sum(axis=1))
     if by_entropy is not None:
         terms.append(by_entropy * rows.scores.entropy)
     if by_normalizer is not None:

@@ -45,7 +45,7 @@ def score(static: Static, hidden, kernel, targets, kept) -> tuple[Scores, Array 
         ), logits
 
     def score_chunk(rows):
-        hidden, targets, kept = _gather(static, rows)
+        hidden, targets, kept = rows
 
         def block_parts(block: Block) -> Parts:
             columns = blocks.columns_of(kernel, block)
@@ -59,19 +59,18 @@ def score(static: Static, hidden, kernel, targets, kept) -> tuple[Scores, Array 
         if static.block_size is None:
             parts = block_parts(blocks.whole(kernel))
         else:
-            none = jnp.zeros_like(targets, jnp.float32)
-            nothing = Parts(none + blocks.NOT_KEPT, none, none, none)
+            none = jnp.zeros(len(targets), jnp.float32)
+            targeted = jnp.zeros_like(targets, jnp.float32)
+            nothing = Parts(none + blocks.NOT_KEPT, none, none, targeted)
 
             def add(parts, index):
                 more = block_parts(blocks.block_at(static, kernel, index))
                 return blocks.merge(static, parts, more), None
 
             parts, _ = jax.lax.scan(add, nothing, blocks.indices(static, kernel))
-        return _own(static, blocks.combine(static, parts))
+        return blocks.combine(static, parts)
 
-    chunks = _split(static, (hidden, targets, kept))
-    scores = jax.lax.map(score_chunk, chunks)
-    return _join(static, scores, hidden.shape[0]), None
+    return map_chunks(static, score_chunk, (hidden, targets, kept)), None
 
 
 def gradients(static: Static, kernel, rows: Rows, logits=None):
@@ -96,6 +95,23 @@ def gradients(static: Static, kernel, rows: Rows, logits=None):
     zero = constrained(static, jnp.zeros(kernel.shape, jnp.float32))
     kernel_grad, hidden_grad = jax.lax.scan(step, zero, _split(static, rows))
     return _join(static, hidden_grad, num_tokens), kernel_grad
+
+
+def map_chunks(static: Static, function, rows):
+    """Return what a function says of each row, with some of them at a time.
+
+    Args:
+        static: as of `score`.
+        function: of a chunk of rows, those of other devices that it gathers included.
+        rows: arrays of all tokens on this device.
+    """
+
+    def of_chunk(rows):
+        return _own(static, function(_gather(static, rows)))
+
+    num_tokens = len(jax.tree.leaves(rows)[0])
+    found = jax.lax.map(of_chunk, _split(static, rows))
+    return _join(static, found, num_tokens)
 
 
 def num_chunks(num_tokens: int, chunk_size: int) -> int:

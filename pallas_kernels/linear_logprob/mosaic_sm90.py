@@ -74,6 +74,8 @@ def unsupported(request: Request) -> str | None:
             f"the hidden states are {dtype}, and it multiplies bfloat16 or float16"
             " (matrix units round float32 to 10 bits)"
         )
+    if request.has_several:
+        return "it scores one target of a token, and there are several"
     if request.width % ALIGNMENT:
         return f"its copies are {ALIGNMENT} wide, and the width is {request.width}"
     return None

@@ -19,6 +19,7 @@ class Request:
         kernel_dtype: of the kernel.
         device: the program is for.
         has_sets: distributions are restricted.
+        has_several: targets of each token.
         is_cut: the compiler cuts the arrays over devices by itself.
         chunk_size: most tokens together, if it is given.
         block_size: most columns together, if it is given.
@@ -31,6 +32,7 @@ class Request:
     kernel_dtype: DTypeLike
     device: Device
     has_sets: bool = False
+    has_several: bool = False
     is_cut: bool = False
     chunk_size: int | None = None
     block_size: int | None = None

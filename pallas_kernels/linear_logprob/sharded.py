@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt
 
 from pallas_kernels import _dispatch
-from pallas_kernels.linear_logprob import api, chunked, mosaic_sm90
+from pallas_kernels.linear_logprob import api, chunked, mosaic_sm90, top
 from pallas_kernels.linear_logprob.api import Cut, Plan
 from pallas_kernels.linear_logprob.blocks import Rows, Static
 from pallas_kernels.linear_logprob.request import Request
@@ -70,7 +70,7 @@ class _Layout(NamedTuple):
 def sharded_linear_logprob(
     hidden: Float[Array, "R S D"],
     kernel: Float[Array, "D V"],
-    targets: Int[Array, "R S"],
+    targets: Int[Array, "R S"] | Int[Array, "R S K"],
     *,
     mesh: Mesh,
     row_axes: AxisNames = (),
@@ -83,8 +83,8 @@ def sharded_linear_logprob(
     chunk_size: int | None = None,
     block_size: int | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "R S"], Float[Array, "R S"]]:
-    """Score one target per place of every row, as `linear_logprob` does.
+) -> tuple[Float[Array, "R S"] | Float[Array, "R S K"], Float[Array, "R S"]]:
+    """Score the targets at each place of every row, as `linear_logprob` does.
 
     To be called under `jax.jit`. Arrays that lie otherwise are moved to the layout
     described here first: the kernel in the type of `hidden`, its gradient in float32.
@@ -92,7 +92,7 @@ def sharded_linear_logprob(
     Args:
         hidden: one vector per token.
         kernel: of the linear layer.
-        targets: token ids to score.
+        targets: token ids to score, one of each place or several.
         mesh: of all axes.
         row_axes: mesh axes that split the rows; they divide R.
         place_axes: mesh axes that split the places; they divide S.
@@ -117,7 +117,8 @@ def sharded_linear_logprob(
     _check(layout, hidden.shape, kernel.shape)
     gather_axes = tuple(axis for axis in vocab_axes if axis in layout.token_axes)
     num_gathered = layout.num_parts(gather_axes)
-    num_tokens = targets.size // layout.num_parts(layout.token_axes)
+    num_tokens = hidden.shape[0] * hidden.shape[1]
+    num_tokens //= layout.num_parts(layout.token_axes)
     request = Request(
         num_tokens=num_tokens * num_gathered,
         width=hidden.shape[2],
@@ -127,6 +128,7 @@ def sharded_linear_logprob(
         kernel_dtype=hidden.dtype,
         device=_dispatch.device(),
         has_sets=kept is not None,
+        has_several=targets.ndim > 2,
         chunk_size=chunk_size,
         block_size=block_size,
     )
@@ -146,6 +148,84 @@ def sharded_linear_logprob(
         )
     )
     return _sharded(plan, layout, hidden, kernel, targets, kept)
+
+
+def sharded_linear_top(
+    hidden: Float[Array, "R S D"],
+    kernel: Float[Array, "D V"],
+    *,
+    num_top: int,
+    mesh: Mesh,
+    row_axes: AxisNames = (),
+    place_axes: AxisNames = (),
+    vocab_axes: AxisNames = (),
+    temperature: float = 1.0,
+    soft_cap: float | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    block_size: int | None = None,
+) -> tuple[Float[Array, "R S K"], Int[Array, "R S K"]]:
+    """Find the most likely tokens at each place of every row, as `linear_top` does.
+
+    To be called under `jax.jit`, like `sharded_linear_logprob`.
+
+    Args:
+        hidden: one vector per token.
+        kernel: of the linear layer.
+        num_top: K, how many.
+        mesh: as for `sharded_linear_logprob`, like all that follow.
+        row_axes: likewise.
+        place_axes: likewise.
+        vocab_axes: likewise.
+        temperature: likewise.
+        soft_cap: likewise.
+        vocab_size: likewise.
+        chunk_size: likewise.
+        block_size: likewise.
+
+    Returns:
+        Their log-probabilities and their ids, cut as the tokens are.
+
+    Raises:
+        ValueError: a dimension that its axes do not divide, or there are not so many
+            tokens.
+    """
+    layout = _Layout(mesh, row_axes, place_axes, vocab_axes)
+    _check(layout, hidden.shape, kernel.shape)
+    gather_axes = tuple(axis for axis in vocab_axes if axis in layout.token_axes)
+    num_gathered = layout.num_parts(gather_axes)
+    num_tokens = hidden.shape[0] * hidden.shape[1]
+    num_tokens //= layout.num_parts(layout.token_axes)
+    request = Request(
+        num_tokens=num_tokens * num_gathered,
+        width=hidden.shape[2],
+        num_columns=kernel.shape[1] // layout.num_parts(vocab_axes),
+        dtype=hidden.dtype,
+        kernel_dtype=hidden.dtype,
+        device=_dispatch.device(),
+        chunk_size=chunk_size,
+        block_size=block_size,
+    )
+    static = top.checked_static(
+        kernel.shape[1],
+        num_top,
+        temperature=temperature,
+        soft_cap=soft_cap,
+        vocab_size=vocab_size,
+    )._replace(gather_axes=gather_axes, vocab_axes=vocab_axes)
+    static = _apply(static, _chunked(request)[0], request, num_gathered)
+
+    def local(kernel, hidden):
+        found = top.highest(static, _flat(hidden), kernel, num_top)
+        return jax.tree.map(lambda x: x.reshape(*hidden.shape[:2], -1), found)
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(layout.kernel, layout.tokens),
+        out_specs=layout.tokens,
+        check_vma=False,
+    )(kernel.astype(hidden.dtype), hidden)
 
 
 def _check(layout: _Layout, hidden_shape, kernel_shape) -> None:
@@ -261,7 +341,7 @@ def _scores(static: Static, layout: _Layout, hidden, kernel, targets, kept):
         shape = rows[0].shape[:2]
         hidden, targets, kept = _flat(rows)
         scores, _ = chunked.score(static, hidden, kernel, targets, kept)
-        return jax.tree.map(lambda x: x.reshape(shape), scores)
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), scores)
 
     return jax.shard_map(
         local,

@@ -21,8 +21,8 @@ from realjax.rl.masking import Mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DPO:
-    """Hyperparameters; the defaults are the paper's.
+class Preference:
+    """Hyperparameters of a loss on pairs; the defaults are the paper's.
 
     Attributes:
         beta: β, in 1 / nat.
@@ -31,7 +31,6 @@ class DPO:
         target_margin: γ, what the chosen answer shall be ahead by.
         has_reference: whether log-probabilities are seen against a reference's.
         is_per_token: whether they are divided by the answers' lengths.
-        minibatches: optimizer steps per batch.
     """
 
     beta: float = 0.1
@@ -40,7 +39,6 @@ class DPO:
     target_margin: float = 0.0
     has_reference: bool = True
     is_per_token: bool = False
-    minibatches: int = 1
 
     def __post_init__(self):
         """Refuses numbers that make no loss."""
@@ -54,19 +52,34 @@ class DPO:
             )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPO(Preference):
+    """Hyperparameters, with those of `Preference`.
+
+    Attributes:
+        stores_reference: whether the reference's log-probabilities are computed once,
+            before the first step, and kept beside the data set.
+        minibatches: optimizer steps per batch.
+    """
+
+    stores_reference: bool = False
+    minibatches: int = 1
+
+
 HYPERPARAMETERS = DPO
 
 
-def loss(logprobs, batch, *, hp: DPO):
-    """Preference loss: a mean over prompts, each prompt's pairs sharing one."""
-    mask, weights = batch["completion_mask"], batch["pair_weights"][::2]
-    whole = functools.partial(
-        preferences.sequence_logprobs, mask=mask, is_per_token=hp.is_per_token
-    )
-    gained = whole(logprobs)
+def gained(logprobs, batch, *, hp: Preference):
+    """What whole answers have gained on the reference, in nats, [B]."""
     if hp.has_reference:
-        gained -= whole(batch["ref_logprobs"])
-    margin = preferences.margins(gained)
+        logprobs = logprobs - batch["ref_logprobs"]
+    mask = batch["completion_mask"]
+    return preferences.sequence_logprobs(logprobs, mask, is_per_token=hp.is_per_token)
+
+
+def pair_loss(chosen, rejected, weights, *, hp: Preference):
+    """The loss of pairs from what both sides have gained, a mean by weight."""
+    margin, is_pair = chosen - rejected, weights > 0
     per_pair = preferences.preference(
         margin,
         beta=hp.beta,
@@ -74,28 +87,42 @@ def loss(logprobs, batch, *, hp: DPO):
         label_smoothing=hp.label_smoothing,
         target_margin=hp.target_margin,
     )
-    is_pair = weights > 0
-    nll = jnp.where(mask, -logprobs, 0.0)[::2]
     return Mean.over(per_pair, weights), {
         "accuracy": Mean.over(margin > 0, is_pair),
         "margin": Mean.over(hp.beta * margin, is_pair),
-        "rewards/chosen": Mean.over(hp.beta * gained[::2], is_pair),
-        "rewards/rejected": Mean.over(hp.beta * gained[1::2], is_pair),
-        "nll/chosen": Mean.over(nll, mask[::2]),
+        "rewards/chosen": Mean.over(hp.beta * chosen, is_pair),
+        "rewards/rejected": Mean.over(hp.beta * rejected, is_pair),
     }
 
 
+def loss(logprobs, batch, *, hp: DPO):
+    """Preference loss: a mean over prompts, each prompt's pairs sharing one."""
+    mask, answers = batch["completion_mask"], gained(logprobs, batch, hp=hp)
+    weights = batch["pair_weights"][::2]
+    mean, metrics = pair_loss(*preferences.sides(answers), weights, hp=hp)
+    nll = jnp.where(mask, -logprobs, 0.0)[::2]
+    return mean, metrics | {"nll/chosen": Mean.over(nll, mask[::2])}
+
+
+def stored_graph(hp: DPO) -> DataflowGraph | None:
+    """What is computed once for all answers of the data set, if anything is."""
+    if not (hp.has_reference and hp.stores_reference):
+        return None
+    return DataflowGraph(reference=call("reference", Infer(), logprobs="ref_logprobs"))
+
+
 def graph(hp: DPO) -> DataflowGraph:
-    """The reference's call, if there is one, and the training."""
+    """The reference's call, unless there is none or it is stored, and the training."""
     reads = ("tokens", "completion_mask", "pair_weights")
-    reference = {"reference": call("reference", Infer(), logprobs="ref_logprobs")}
+    reference = call("reference", Infer(), logprobs="ref_logprobs")
     train = Train(
         loss=functools.partial(loss, hp=hp),
         reads=(*reads, "ref_logprobs") if hp.has_reference else reads,
         minibatches=hp.minibatches,
         unit=2,
     )
+    is_called = hp.has_reference and not hp.stores_reference
     return DataflowGraph(
-        **(reference if hp.has_reference else {}),
+        reference=reference if is_called else None,
         train_policy=call("policy", train),
     )

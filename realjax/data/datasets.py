@@ -4,6 +4,9 @@
     prompt_answer   tokens, completion_mask [B, T], is_truncated    1
     pairs           the same and pair_weights [B]; better and       2 * max_pairs
                     worse completions in turn
+    labels          those of prompt_answer, is_desirable [B], and   1
+                    mismatched_tokens [B, T] of mismatched_lengths
+                    [B]: each prompt with another's completion
     prompts         prompts [B, P]                                  1
 
 The tokens of a sample are those of its prompt, those of its completion, and one
@@ -15,22 +18,21 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from realjax.core.batch import Batch
-from realjax.data.records import KINDS, Example, load_records, read_examples
+from realjax.data.records import KINDS, load_records, read_examples
+from realjax.data.tokenised import OVERLONG, Record, keep, tokenise, with_mismatches
 from realjax.data.tokenizer import Tokenizer
 
 __all__ = ["DataConfig", "Dataset", "load_dataset", "load_records"]
 
-_logger = logging.getLogger(__name__)
-
 _WIDTH_MULTIPLE = 8
-_OVERLONG = ("filter", "refuse", "truncate")
+
+MISMATCHED = "mismatched_"
+"""What the keys of mismatched completions begin with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class DataConfig:
         path: Training records, .jsonl or .json.
         valid_path: Held-out records; empty for none, or for `held_out` of `path`.
         held_out: Last records of `path` that are held out, without a `valid_path`.
-        kind: "prompt_answer", "pairs" or "prompts".
+        kind: "prompt_answer", "pairs", "labels" or "prompts".
         max_length: Most tokens of prompt, completion and end together.
         max_prompt_length: Most tokens of a prompt, for the kind "prompts".
         overlong: What happens to longer records: "filter" leaves them out, "refuse" is
@@ -76,9 +78,9 @@ class DataConfig:
             raise ValueError(
                 f"`kind` is {self.kind!r}. Needed is one of {list(KINDS)}."
             )
-        if self.overlong not in _OVERLONG:
+        if self.overlong not in OVERLONG:
             raise ValueError(
-                f"`overlong` is {self.overlong!r}. Needed is one of {list(_OVERLONG)}."
+                f"`overlong` is {self.overlong!r}. Needed is one of {list(OVERLONG)}."
             )
         for name in ("max_length", "max_prompt_length", "max_pairs", "batch_size"):
             if getattr(self, name) < 1:
@@ -96,28 +98,11 @@ class DataConfig:
             )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Record:
-    """A tokenised record that was kept."""
-
-    index: int
-    prompt: np.ndarray
-    completions: tuple[np.ndarray, ...]
-    is_truncated: tuple[bool, ...]
-    texts: tuple[str, ...]
-    columns: dict[str, Any]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest sample."""
-        return len(self.prompt) + max((len(c) for c in self.completions), default=0)
-
-
 class Dataset:
     """Tokenised records; see the module for the batches they give.
 
     Attributes:
-        kind: "prompt_answer", "pairs" or "prompts".
+        kind: "prompt_answer", "pairs", "labels" or "prompts".
         prompt_width: Width that holds every prompt (the widest bucket in use).
         row_width: T, the same for all batches; `prompt_width` for prompts.
         rows_per_record: Rows that a record takes in a batch.
@@ -140,9 +125,12 @@ class Dataset:
         self.num_left_out = num_left_out
         self.num_rows_read = 0
         self.rows_per_record = 2 * config.max_pairs if self.kind == "pairs" else 1
+        if self.kind == "labels":
+            records = with_mismatches(records, seed=seed, limit=config.max_length)
         self._records = tuple(records)
         self._pad_id, self._seed = pad_id, seed
         self._max_pairs = config.max_pairs
+        self._stored: dict[str, np.ndarray] = {}
         longest_prompt = max(len(record.prompt) for record in records)
         self._buckets = tuple(sorted(set(config.length_buckets))) or (
             _round_up(longest_prompt),
@@ -168,6 +156,61 @@ class Dataset:
             for completion in (record.completions or ((),))
         ]
         return float(np.mean(lengths))
+
+    @functools.cached_property
+    def _first_tokens(self) -> dict[tuple[int, int], int]:
+        """Number of each completion's first token, among those of all completions."""
+        first, found = 0, {}
+        for record in self._records:
+            for which, completion in enumerate(record.completions):
+                found[record.index, which] = first
+                first += len(completion)
+        return found
+
+    @property
+    def num_completions(self) -> int:
+        """Completions of all records; of labels, the mismatched ones too."""
+        return sum(len(record.completions) for record in self._records)
+
+    def completion_batches(
+        self, size: int, rows: np.ndarray | None = None
+    ) -> Iterator[Batch]:
+        """Every completion of every record once, `size` at a time, in order.
+
+        Args:
+            size: Rows of a batch; the last one is padded.
+            rows: As in `batch`.
+        """
+        sides = [
+            (r, which) for r in self._records for which in range(len(r.completions))
+        ]
+        for start in range(0, len(sides), size):
+            arrays, lengths = self._rows(sides[start : start + size], rows)
+            ids = range(start, start + len(lengths))
+            yield Batch.create(arrays, ids=ids, lengths=lengths).pad_to(size)
+
+    def stored_keys(self, key: str) -> tuple[str, ...]:
+        """Names under which `store` adds to the batches."""
+        return (key, MISMATCHED + key) if self.kind == "labels" else (key,)
+
+    def store(self, key: str, values: np.ndarray) -> None:
+        """Adds a number per completion token to all batches, as [B, T].
+
+        Args:
+            key: Its name in a batch; of a mismatched completion, after "mismatched_".
+            values: Of the tokens of all completions, in the order of
+                `completion_batches`; [N] float32.
+
+        Raises:
+            ValueError: There are more or fewer tokens.
+        """
+        size = sum(len(c) for record in self._records for c in record.completions)
+        if values.shape != (size,):
+            raise ValueError(
+                f"{key!r} has the shape {values.shape}, and the completions have {size}"
+                " tokens in all. Make it anew from this data set."
+            )
+        self._stored[key] = values
 
     def __len__(self) -> int:
         """Number of records kept."""
@@ -197,6 +240,8 @@ class Dataset:
             return self._prompt_batch(records, rows)
         if self.kind == "prompt_answer":
             return self._sample_batch([(record, 0) for record in records], rows)
+        if self.kind == "labels":
+            return self._label_batch(records, rows)
         sides, weights = [], []
         for record, each_epoch in zip(records, epochs, strict=True):
             pairs = self._draw_pairs(record, each_epoch)
@@ -215,7 +260,20 @@ class Dataset:
             for tokens in (record.prompt, *record.completions):
                 digest.update(len(tokens).to_bytes(8, "little"))
                 digest.update(tokens.tobytes())
-            digest.update(json.dumps([record.index, record.columns]).encode())
+            of_record = [record.index, record.columns]
+            if record.is_desirable is not None:
+                of_record.append(record.is_desirable)
+            digest.update(json.dumps(of_record).encode())
+        return digest.hexdigest()
+
+    def completions_fingerprint(self) -> str:
+        """A hash of the tokens of all completions, with their prompts."""
+        digest = hashlib.sha256()
+        for record in self._records:
+            digest.update(len(record.completions).to_bytes(8, "little"))
+            for tokens in (record.prompt, *record.completions):
+                digest.update(len(tokens).to_bytes(8, "little"))
+                digest.update(tokens.tobytes())
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
@@ -262,13 +320,27 @@ class Dataset:
             columns=_columns(records),
         )
 
-    def _sample_batch(
-        self, sides: list[tuple[Record, int]], rows: np.ndarray | None = None
+    def _label_batch(
+        self, records: list[Record], rows: np.ndarray | None = None
     ) -> Batch:
-        """Batch of `(record, which completion)`, one a row."""
+        """Batch of labelled completions, with the mismatched ones beside them."""
+        batch = self._sample_batch([(record, 0) for record in records], rows)
+        others, lengths = self._rows([(record, 1) for record in records], rows)
+        del others["completion_mask"]
+        return batch.with_arrays(
+            is_desirable=np.array([r.is_desirable for r in records], bool),
+            mismatched_lengths=lengths,
+            **{MISMATCHED + key: value for key, value in others.items()},
+        )
+
+    def _rows(
+        self, sides: list[tuple[Record, int]], rows: np.ndarray | None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Tokens, completion masks and what is stored [B, T], and lengths [B]."""
         shape = (len(sides), self.row_width)
         tokens = np.full(shape, self._pad_id, np.int32)
         mask = np.zeros(shape, bool)
+        stored = {key: np.zeros(shape, np.float32) for key in self._stored}
         lengths = np.array(
             [len(r.prompt) + len(r.completions[which]) for r, which in sides], np.int32
         )
@@ -278,6 +350,16 @@ class Dataset:
             tokens[row, :start] = record.prompt
             tokens[row, start:stop] = record.completions[which]
             mask[row, start:stop] = True
+            for key, values in self._stored.items():
+                first = self._first_tokens[record.index, which]
+                stored[key][row, start:stop] = values[first : first + stop - start]
+        return {"tokens": tokens, "completion_mask": mask, **stored}, lengths
+
+    def _sample_batch(
+        self, sides: list[tuple[Record, int]], rows: np.ndarray | None = None
+    ) -> Batch:
+        """Batch of `(record, which completion)`, one a row."""
+        arrays, lengths = self._rows(sides, rows)
         records = [record for record, _ in sides]
         columns = _columns(records)
         if self.kind == "pairs":
@@ -289,11 +371,7 @@ class Dataset:
             columns["answer"] = [record.texts[0] for record in records]
         truncated = [record.is_truncated[which] for record, which in sides]
         return Batch.create(
-            {
-                "tokens": tokens,
-                "completion_mask": mask,
-                "is_truncated": np.array(truncated, bool),
-            },
+            arrays | {"is_truncated": np.array(truncated, bool)},
             ids=[record.index for record in records],
             lengths=lengths,
             columns=columns,
@@ -333,8 +411,10 @@ def load_dataset(
         examples = read_examples(objects, config.kind, tokenizer)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    records = _tokenise(examples, tokenizer)
-    kept = _keep(records, config, path)
+    records = tokenise(examples, tokenizer)
+    name = "max_prompt_length" if config.kind == "prompts" else "max_length"
+    limit = getattr(config, name)
+    kept = keep(records, path, name=name, limit=limit, overlong=config.overlong)
     num_left_out = len(records) - len(kept)
     if is_cut:
         if len(kept) <= config.held_out:
@@ -348,109 +428,6 @@ def load_dataset(
         kept = kept[: config.valid_limit]
     return Dataset(
         kept, config, pad_id=tokenizer.pad_id, seed=seed, num_left_out=num_left_out
-    )
-
-
-def _tokenise(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Record]:
-    texts = [text for each in examples for text in (each.prompt, *each.completions)]
-    encoded = iter(tokenizer.encode_batch(texts))
-    # One name for all rows: a field that a record lacks is `None` there.
-    extras = dict.fromkeys(name for each in examples for name in each.extras)
-    records = []
-    for example in examples:
-        prompt = np.array(next(encoded), np.int32)
-        completions = [next(encoded) for _ in example.completions]
-        ended = [_end(ids, tokenizer, is_chat=example.is_chat) for ids in completions]
-        columns = {name: example.extras.get(name) for name in extras}
-        records.append(
-            Record(
-                index=example.index,
-                prompt=prompt,
-                completions=tuple(np.array(ids, np.int32) for ids in ended),
-                is_truncated=(False,) * len(ended),
-                texts=example.texts,
-                columns={**columns, "prompt": example.prompt},
-            )
-        )
-    return records
-
-
-def _end(ids: list[int], tokenizer: Tokenizer, *, is_chat: bool) -> list[int]:
-    """Ends a completion; chat templates write the end, and often a newline after it."""
-    if is_chat:
-        ends = [t for t, token in enumerate(ids) if token in tokenizer.eos_ids]
-        if ends:
-            return ids[: ends[-1] + 1]
-    return [*ids, tokenizer.eos_id]
-
-
-def _keep(
-    records: Sequence[Record], config: DataConfig, path: str
-) -> tuple[Record, ...]:
-    """Applies the length limits; says what it leaves out or cuts."""
-    of_prompts = config.kind == "prompts"
-    name = "max_prompt_length" if of_prompts else "max_length"
-    limit = getattr(config, name)
-    longer = [record for record in records if record.length > limit]
-    if longer and config.overlong == "refuse":
-        raise ValueError(
-            f"{path}: {len(longer)} of {len(records)} records are longer than {name}="
-            f"{limit}; record {longer[0].index} has {longer[0].length} tokens. Raise "
-            f"`{name}`, or set `overlong` to 'filter' or 'truncate'."
-        )
-    cut = config.overlong == "truncate"
-    kept = tuple(k for record in records if (k := _shorten(record, limit, cut=cut)))
-    if not kept:
-        shortest = min(
-            len(r.prompt) + min((len(c) for c in r.completions), default=0)
-            for r in records
-        )
-        what = "prompt" if of_prompts else "record"
-        raise ValueError(
-            f"{path}: every {what} is longer than {name}={limit}: the shortest has "
-            f"{shortest} tokens. Raise `{name}`."
-        )
-    if longer:
-        num_completions = sum(len(record.completions) for record in records)
-        num_kept = sum(len(record.completions) for record in kept)
-        _logger.warning(
-            "%s: %d of %d records are longer than %s=%d. Left out: %d records, with "
-            "%d completions; cut, and so without an end-of-sequence token: %d.",
-            *(path, len(longer), len(records), name, limit),
-            *(len(records) - len(kept), num_completions - num_kept),
-            sum(any(record.is_truncated) for record in kept),
-        )
-    return kept
-
-
-def _shorten(record: Record, limit: int, *, cut: bool) -> Record | None:
-    """The record within the limit: whole, cut, of fewer pairs, or None."""
-    if record.length <= limit:
-        return record
-    room = limit - len(record.prompt)
-    if room < 1 or not record.completions:
-        return None
-    if cut:
-        return dataclasses.replace(
-            record,
-            completions=tuple(ids[:room] for ids in record.completions),
-            is_truncated=tuple(len(ids) > room for ids in record.completions),
-        )
-    fits = [len(ids) <= room for ids in record.completions]
-    size = 2 if len(fits) > 1 else 1
-    keep = [
-        i
-        for start in range(0, len(fits), size)
-        if all(fits[start : start + size])
-        for i in range(start, start + size)
-    ]
-    if not keep:
-        return None
-    return dataclasses.replace(
-        record,
-        completions=tuple(record.completions[i] for i in keep),
-        is_truncated=tuple(record.is_truncated[i] for i in keep),
-        texts=tuple(record.texts[i] for i in keep),
     )
 
 

@@ -4,6 +4,8 @@
     prompt_answer   prompt, answer | prompt, completion | messages    1
     pairs           prompt, pos_answers, neg_answers |                2, 4, ... better
                     prompt?, chosen, rejected                         and worse in turn
+    labels          the fields of prompt_answer, and label: true if   1
+                    the completion is desirable, false if not
     prompts         prompt | messages                                 0
 
 A prompt, completion, chosen or rejected may be a text, or a conversation: a list of
@@ -22,7 +24,7 @@ from realjax.data.tokenizer import Message, Tokenizer
 
 __all__ = ["KINDS", "Example", "load_records", "read_examples"]
 
-KINDS = ("prompt_answer", "pairs", "prompts")
+KINDS = ("prompt_answer", "pairs", "labels", "prompts")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class Example:
     """The completions as people read them."""
     is_chat: bool
     extras: dict[str, Any]
+    is_desirable: bool | None = None
+    """What the label says of the completion; None without one."""
 
 
 def load_records(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -114,6 +118,7 @@ def read_examples(
     readers = {
         "prompt_answer": _read_prompt_answer,
         "pairs": _read_pairs,
+        "labels": _read_label,
         "prompts": _read_prompt,
     }
     examples = []
@@ -181,6 +186,17 @@ def _read_prompt_answer(index: int, fields: _Fields, tokenizer: Tokenizer) -> Ex
     turns = _conversation("prompt", prompt)
     answer = _conversation("answer", answer)
     return _chat_example(index, fields, tokenizer, turns, [answer])
+
+
+def _read_label(index: int, fields: _Fields, tokenizer: Tokenizer) -> Example:
+    label = fields.first("label")
+    if not isinstance(label, bool):
+        raise ValueError(
+            f"`label` is {label!r:.60}; needed is true for a desirable completion or "
+            "false for an undesirable one"
+        )
+    example = _read_prompt_answer(index, fields, tokenizer)
+    return dataclasses.replace(example, is_desirable=label)
 
 
 def _read_pairs(index: int, fields: _Fields, tokenizer: Tokenizer) -> Example:

@@ -101,7 +101,7 @@ _IMITATED = (
     "mostly positive",
     "mostly negative",
 )
-_VERSION = 1
+_VERSION = 2
 _MARKER = "reviews.json"
 
 
@@ -192,14 +192,15 @@ def write_reviews(
     seed: int = 0,
     num_sft: int = 4000,
     num_pairs: int = 2000,
+    num_labels: int = 2000,
     num_prompts: int = 2000,
     num_valid: int = 256,
     vocab_size: int = 512,
 ) -> pathlib.Path:
     """Writes the corpus and its tokenizer, unless the folder has them already.
 
-    The folder gets {sft,pairs,prompts}_{train,valid}.jsonl and tokenizer/. It appears
-    complete or not at all; the same arguments give the same files.
+    The folder gets {sft,pairs,labels,prompts}_{train,valid}.jsonl and tokenizer/. It
+    appears complete or not at all; the same arguments give the same files.
 
     Args:
         folder: Where to; what is above it is made.
@@ -207,6 +208,8 @@ def write_reviews(
         num_sft: Records `prompt`, `answer` to imitate.
         num_pairs: Records `prompt`, `pos_answers`, `neg_answers` to compare, two pairs
             each.
+        num_labels: Records `prompt`, `completion`, `label`, which is true where the
+            review is positive.
         num_prompts: Records `prompt` to answer.
         num_valid: Records of each held-out file.
         vocab_size: Of the tokenizer.
@@ -223,6 +226,7 @@ def write_reviews(
         "seed": seed,
         "num_sft": num_sft,
         "num_pairs": num_pairs,
+        "num_labels": num_labels,
         "num_prompts": num_prompts,
         "num_valid": num_valid,
         "vocab_size": vocab_size,
@@ -265,9 +269,15 @@ def _write_files(folder: pathlib.Path, settings: dict[str, int]) -> None:
     sizes = {
         "sft": settings["num_sft"],
         "pairs": settings["num_pairs"],
+        "labels": settings["num_labels"],
         "prompts": settings["num_prompts"],
     }
-    makers = {"sft": _sft_record, "pairs": _pairs_record, "prompts": _prompt_record}
+    makers = {
+        "sft": _sft_record,
+        "pairs": _pairs_record,
+        "labels": _label_record,
+        "prompts": _prompt_record,
+    }
     texts = []
     for split in ("train", "valid"):
         prompts = all_prompts(is_held_out=split == "valid")
@@ -306,6 +316,14 @@ def _sft_record(
 ) -> dict[str, Any]:
     answer = write_answer(rng, prompt["product"], mood)
     return {"prompt": prompt["prompt"], "answer": answer}
+
+
+def _label_record(
+    rng: random.Random, prompt: dict[str, str], mood: str
+) -> dict[str, Any]:
+    answer = write_answer(rng, prompt["product"], mood)
+    is_positive = sum(MOODS[mood]) > 0
+    return {"prompt": prompt["prompt"], "completion": answer, "label": is_positive}
 
 
 def _pairs_record(

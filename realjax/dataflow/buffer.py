@@ -47,6 +47,9 @@ class Buffer:
     @property
     def size(self) -> int:
         """Rows."""
+        for key, value in batch.arrays.items():  # Of other sequences beside them.
+            if key.endswith("_lengths"):
+                self.lengths[key.removesuffix("lengths") + "tokens"] = np.asarray(value)
         return len(self.ids)
 
     def __contains__(self, key: str) -> bool:

@@ -19,7 +19,10 @@ from typing import Any, Literal
 from realjax.functions.score import RewardFunction
 from realjax.rl.sampling import Sampling, kept_width
 
-Output = Literal["logprobs", "values", "scores"]
+Output = Literal["logprobs", "top_logprobs", "values", "scores"]
+
+LANGUAGE_OUTPUTS: tuple[Output, ...] = ("logprobs", "top_logprobs")
+"""What is read off a language head; the others are read off a scalar one."""
 
 LARGE_VOCABULARY = 1 << 20
 
@@ -31,12 +34,14 @@ def is_filtered(sampling: Sampling) -> bool:
 
 INFERRED: Mapping[Output, tuple[str, ...]] = {
     "logprobs": ("logprobs",),
+    "top_logprobs": ("top_logprobs", "top_ids"),
     "values": ("values", "bootstrap_values"),
     "scores": ("scores",),
 }
 """What `Infer` writes for each output.
 
-logprobs [B, T] is about token t; values [B, T] that of the state before token t;
+logprobs [B, T] is about token t; top_logprobs and top_ids [B, T, K] are of the tokens
+that would have been likeliest there; values [B, T] that of the state before token t;
 bootstrap_values [B] that of the state after the last token; scores [B] the scalar
 head's output at the last token.
 """
@@ -141,12 +146,14 @@ class Infer(Function):
     Attributes:
         output: what to compute; see `INFERRED`.
         temperature: divides the logits, as in the sampler, for "logprobs".
+        num_top: K, tokens of "top_logprobs".
         is_as_trained: whether numbers are those that a training call of the role would
             find: with the masters, and where no allocation is given, where it trains.
     """
 
     output: Output = "logprobs"
     temperature: float = 1.0
+    num_top: int = 0
     is_as_trained: bool = False
     reads: tuple[str, ...] = ("tokens",)
 
@@ -154,6 +161,26 @@ class Infer(Function):
         """Fills `writes` from the output, also in `dataclasses.replace(output=…)`."""
         if not self.writes or self.writes in INFERRED.values():
             object.__setattr__(self, "writes", INFERRED[self.output])
+        if (self.output == "top_logprobs") != (self.num_top > 0):
+            raise ValueError(
+                f"num_top is {self.num_top} and the output is {self.output!r}. It is at"
+                " least 1 for 'top_logprobs', and 0 for others."
+            )
+
+    def shapes(self, size: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what it writes.
+
+        Args:
+            size: B, sequences.
+            width: T, tokens of a sequence.
+        """
+        of_tokens = {
+            "logprobs": (size, width),
+            "values": (size, width),
+            "top_logprobs": (size, width, self.num_top),
+            "top_ids": (size, width, self.num_top),
+        }
+        return {name: of_tokens.get(name, (size,)) for name in INFERRED[self.output]}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,8 +190,9 @@ class Train(Function):
     Attributes:
         loss: `loss(output, batch) -> (Mean, {name: Mean})`. `output` is what `Infer`
             would give ([M, T], or [M] for scores), `batch` the keys of `reads`, with
-            "entropy" [M, T] added for "logprobs". Rows of padding hold zeros, so every
-            mean needs a mask from the batch.
+            "entropy" [M, T] added for "logprobs". For "top_logprobs" it is [M, T, K] of
+            the tokens that the batch has as "top_ids", and "logprobs" are added, too.
+            Rows of padding hold zeros, so every mean needs a mask from the batch.
         output: what the loss is a function of.
         minibatches: optimizer steps per epoch over the step's batch.
         epochs: passes over the step's batch.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from realjax.core.arrays import Array, PyTree
 from realjax.data.packing import Packing
 from realjax.functions import packed
-from realjax.functions.function import INFERRED, Infer
+from realjax.functions.function import Infer
 from realjax.parallel.sharding import rows_sharding
 
 
@@ -32,11 +32,9 @@ class InferProgram:
         rows = rows_sharding(self.mesh, size)
         return {
             name: jax.ShapeDtypeStruct(
-                (size, width) if name in ("logprobs", "values") else (size,),
-                jnp.float32,
-                sharding=rows,
+                shape, jnp.int32 if name == "top_ids" else jnp.float32, sharding=rows
             )
-            for name in INFERRED[self.spec.output]
+            for name, shape in self.spec.shapes(size, width).items()
         }
 
     def __call__(
@@ -53,7 +51,7 @@ class InferProgram:
             packings: microbatches that together hold every sequence once.
 
         Returns:
-            The arrays of `INFERRED[spec.output]`, [B, T] or [B] float32.
+            The arrays of `INFERRED[spec.output]`.
         """
         outputs = {
             name: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
@@ -73,6 +71,7 @@ class InferProgram:
             packing,
             output=self.spec.output,
             temperature=self.spec.temperature,
+            num_top=self.spec.num_top,
         )
         return {
             name: jax.lax.with_sharding_constraint(

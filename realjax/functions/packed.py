@@ -16,7 +16,7 @@ import numpy as np
 
 from realjax.core.arrays import Array, PyTree
 from realjax.data.packing import Packing
-from realjax.functions.function import Output
+from realjax.functions.function import LANGUAGE_OUTPUTS, Output
 from realjax.models import heads, transformer
 from realjax.models.config import ModelConfig
 from realjax.models.partition import WHOLE, Partition
@@ -58,7 +58,7 @@ def select_sequences(
     return {
         key: value.at[rows].get(mode="fill", fill_value=0)
         for key, value in batch.items()
-        if key != "kept"  # Wide, and needed in packed form only.
+        if key not in ("kept", "top_ids")  # Wide, and needed in packed form only.
     }
 
 
@@ -70,6 +70,7 @@ def forward(
     *,
     output: Output,
     temperature: float = 1.0,
+    num_top: int = 0,
     noise_key: Array | None = None,
 ) -> dict[str, Any]:
     """Runs the model on a microbatch.
@@ -77,16 +78,20 @@ def forward(
     Args:
         parameters: of the model.
         program: what to compile.
-        batch: holds tokens [B, T] and, where the sampler filtered, kept [B, T, C].
+        batch: holds tokens [B, T] and, where the sampler filtered, kept [B, T, C]; of
+            "top_logprobs", perhaps the tokens to score as top_ids [B, T, K].
         packing: index arrays, see `data.packing`.
         output: which head to read.
         temperature: divides the logits.
-        noise_key: of the jitter of routers, in training; None is none.
+        num_top: K, tokens of "top_logprobs" where the batch does not say which.
+        noise_key: of the jitter of routers and the dropout of adapters, in training;
+            None is none.
 
     Returns:
-        "logprobs" and "entropy" [M, T]; or "values" [M, T] and "bootstrap_values" [M];
-        or "scores" [M]; zeros where a slot or a position is empty. For a mixture of
-        experts also "router", its `RouterSums`.
+        "logprobs" and "entropy" [M, T]; or "top_logprobs" and "top_ids" [M, T, K], and
+        where the batch has the latter, the first two in their place; or "values"
+        [M, T] and "bootstrap_values" [M]; or "scores" [M]; zeros where a slot or a
+        position is empty. For a mixture of experts also "router", its `RouterSums`.
     """
     config, constrain = program.config, program.partition.constrain
     rows = ("batch", "length")
@@ -111,26 +116,39 @@ def forward(
     places_MT = packing["places"]
 
     def unpack(x_RS: Array) -> Array:
-        return x_RS.reshape(-1).at[places_MT].get(mode="fill", fill_value=0)
+        flat = x_RS.reshape(-1, *x_RS.shape[2:])
+        return flat.at[places_MT].get(mode="fill", fill_value=0)
 
-    if output == "logprobs":
-        with jax.named_scope("logprobs"):
-            logprobs_RS, entropy_RS = logprobs_lib.token_logprobs(
-                hidden_RSD,
-                heads.language_kernel(parameters, config),
-                tokens_RS,
-                segment_ids_RS,
-                temperature=temperature,
-                kept=_kept_rows(batch.get("kept"), source),
-                soft_cap=config.logit_soft_cap,
-                vocab_size=config.vocab_size,
-                linear_logprob=program.partition.linear_logprob,
-            )
-        return {
-            "logprobs": unpack(logprobs_RS),
-            "entropy": unpack(entropy_RS),
-            **router,
+    if output in LANGUAGE_OUTPUTS:
+        head = {
+            "temperature": temperature,
+            "soft_cap": config.logit_soft_cap,
+            "vocab_size": config.vocab_size,
         }
+        kernel = heads.language_kernel(parameters, config)
+        with jax.named_scope(output):
+            if num_top:
+                found = logprobs_lib.top_logprobs(
+                    hidden_RSD,
+                    kernel,
+                    segment_ids_RS,
+                    num_top=num_top,
+                    linear_top=program.partition.linear_top,
+                    **head,
+                )
+                found = dict(zip(("top_logprobs", "top_ids"), found, strict=True))
+            else:
+                logprobs, entropy_RS = logprobs_lib.token_logprobs(
+                    hidden_RSD,
+                    kernel,
+                    _targets(tokens_RS, batch.get("top_ids"), source),
+                    segment_ids_RS,
+                    kept=_kept_rows(batch.get("kept"), source),
+                    linear_logprob=program.partition.linear_logprob,
+                    **head,
+                )
+                found = _by_name(logprobs) | {"entropy": entropy_RS}
+        return {name: unpack(value) for name, value in found.items()} | router
 
     with jax.named_scope(output):
         scalars_RS = heads.scalars(parameters, hidden_RSD)
@@ -145,6 +163,23 @@ def forward(
         values_RS = logprobs_lib.token_values(scalars_RS, segment_ids_RS)
         values_MT = unpack(values_RS)
         return {"values": values_MT, "bootstrap_values": at_last_M, **router}
+
+
+def _targets(
+    tokens_RS: Array, top_ids_BTK: Array | None, source: tuple[Array, Array]
+) -> Array:
+    """What is scored at every place: its token, and what else the batch asks for."""
+    if top_ids_BTK is None:
+        return tokens_RS
+    ids_RSK = top_ids_BTK.at[source].get(mode="fill", fill_value=0)
+    return jnp.concatenate([tokens_RS[..., None], ids_RSK], axis=2)
+
+
+def _by_name(logprobs: Array) -> dict[str, Array]:
+    """Take the token's log-probability and those of others apart."""
+    if logprobs.ndim == 2:
+        return {"logprobs": logprobs}
+    return {"logprobs": logprobs[..., 0], "top_logprobs": logprobs[..., 1:]}
 
 
 def _noise_keys(

@@ -17,7 +17,7 @@ from realjax.core.arrays import Array, PyTree
 from realjax.data.packing import Packing
 from realjax.functions import optimizer as optimizer_lib
 from realjax.functions import packed, routers, streamed
-from realjax.functions.function import Train
+from realjax.functions.function import LANGUAGE_OUTPUTS, Train
 from realjax.models import transformer
 from realjax.parallel.sharding import parameter_shardings, replicated
 from realjax.rl.masking import Mean
@@ -211,17 +211,18 @@ class TrainProgram:
 
     def _spec_loss(self, found, batch, packing) -> tuple[Mean, dict[str, Mean]]:
         sequences = packed.select_sequences(batch, packing)
-        if "entropy" in found:
-            sequences["entropy"] = found["entropy"]
+        sequences |= {k: found[k] for k in ("entropy", "logprobs") if k in found}
         return self.spec.loss(found[self.spec.output], sequences)
 
     def _loss_weight(self, batch, packing) -> Array:
         """The weight of a microbatch's loss, which no output of the model changes."""
-        shape = packing["places"].shape
-        zeros = jnp.zeros(shape[:1] if self.spec.output == "scores" else shape)
-        found = {self.spec.output: zeros}
-        if self.spec.output == "logprobs":
-            found["entropy"] = zeros
+        output, shape = self.spec.output, packing["places"].shape
+        zeros = jnp.zeros(shape[:1] if output == "scores" else shape)
+        found = {output: zeros}
+        if output in LANGUAGE_OUTPUTS:
+            found |= {"logprobs": zeros, "entropy": zeros}
+        if output == "top_logprobs":
+            found[output] = jnp.zeros((*shape, batch["top_ids"].shape[2]))
         return self._spec_loss(found, batch, packing)[0].weight
 
     def _zero_sums(self, parameters, batch, packing):

@@ -59,6 +59,8 @@ class Partition:
             their logical axes, without a word between devices.
         linear_logprob: scores tokens with the language head, as
             `rl.logprobs.token_logprobs` takes it; None is that of one device.
+        linear_top: finds the likeliest tokens, as `rl.logprobs.top_logprobs` takes it;
+            likewise.
     """
 
     constrain: Constrain = unconstrained
@@ -67,6 +69,7 @@ class Partition:
     experts: ApplyExperts = apply_experts
     locally: Locally = on_whole_arrays
     linear_logprob: Callable[..., tuple[Array, Array]] | None = None
+    linear_top: Callable[..., tuple[Array, Array]] | None = None
 
     def num_kv_heads(self, num_kv_heads: int) -> int:
         """Key and value heads in activations and in pages.

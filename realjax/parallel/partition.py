@@ -4,7 +4,7 @@ from jax.sharding import Mesh
 
 from realjax.models.partition import WHOLE, Partition
 from realjax.parallel.experts import experts_for
-from realjax.parallel.head import linear_logprob_for
+from realjax.parallel.head import linear_logprob_for, linear_top_for
 from realjax.parallel.local import locally_for
 from realjax.parallel.pipeline import run_stages
 from realjax.parallel.sharding import AXES, constrain_for, num_parts
@@ -30,4 +30,5 @@ def partition_for(mesh: Mesh, *, options: frozenset[str] = frozenset()) -> Parti
         experts=experts_for(mesh, options=options),
         locally=locally_for(mesh),
         linear_logprob=linear_logprob_for(mesh, options=options),
+        linear_top=linear_top_for(mesh, options=options),
     )

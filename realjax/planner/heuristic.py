@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from realjax.functions.function import Generate, Infer, Train
+from realjax.functions.function import LANGUAGE_OUTPUTS, Generate, Infer, Train
 from realjax.parallel.allocation import Allocation
 from realjax.planner.options import CallOptions
 from realjax.planner.space import Space
@@ -104,7 +104,9 @@ class _Machine:
                 kind = "generate"
             elif isinstance(function, Train):
                 kind = "train"
-            elif isinstance(function, Infer) and function.output != "logprobs":
+            elif (
+                isinstance(function, Infer) and function.output not in LANGUAGE_OUTPUTS
+            ):
                 kind = "infer a number"
             else:
                 kind = "other"

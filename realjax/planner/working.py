@@ -15,7 +15,7 @@ from pallas_kernels.paged_attention.reference import MOST_SCORES
 from realjax.dataflow.graph import DataflowGraph, ModelFunctionCall
 from realjax.dataflow.plan import ExecutionPlan
 from realjax.dataflow.schedule import Place
-from realjax.functions.function import Generate, Train
+from realjax.functions.function import Generate, Infer, Train
 from realjax.functions.role import Role
 from realjax.models import pages
 from realjax.models.config import ModelConfig
@@ -170,7 +170,9 @@ class _Passes:
 def num_kept(
     graph: DataflowGraph, node: ModelFunctionCall, vocab_size: Callable[[str], int]
 ) -> int:
-    """Count the values of a token in the sets of kept tokens that a call has.
+    """Count the values of a token in the sets of tokens that a call has.
+
+    Those that a sampler kept, and the likeliest ones by another model.
 
     Args:
         graph: of the algorithm.
@@ -186,6 +188,9 @@ def num_kept(
     return found
 
 
+        if isinstance(writer.function, Infer):
+            width = writer.function.num_top
+            found += sum(width - 1 for key in writer.writes if width and key in keys)
 def _head_bytes(
     passes: _Passes, node: ModelFunctionCall, graph: DataflowGraph
 ) -> float:

@@ -2,12 +2,13 @@
 
 Reading order: `masking` (means over tokens that count), `logprobs` and `sampling` (one
 definition of a log-probability), `rewards`, `advantages`, `normalization`, `kl`,
-`losses`, `preferences` (losses on pairs), `importance` (a sampler that is not quite the
-policy in training).
+`losses`, `preferences` (losses on pairs), `distillation`, `importance` (a sampler that
+is not quite the policy in training).
 """
 
 from realjax.rl import (
     advantages,
+    distillation,
     importance,
     kl,
     logprobs,
@@ -29,6 +30,7 @@ __all__ = [
     "Sampling",
     "ScoreShaping",
     "advantages",
+    "distillation",
     "importance",
     "kl",
     "logprobs",

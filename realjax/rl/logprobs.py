@@ -14,6 +14,7 @@ as on padding.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,14 @@ from realjax.core.arrays import Array, Bool, Float, Int, UInt
 
 # (hidden [R, S, D], kernel [D, V], targets [R, S], **how) -> two of [R, S]
 LinearLogprob = Callable[..., tuple[Array, Array]]
-RowsOfNumbers = Float[Array, "R S"] | Int[Array, "R S"]
+# (hidden [R, S, D], kernel [D, V], num_top=K, **how) -> two of [R, S, K]
+LinearTop = Callable[..., tuple[Array, Array]]
+RowsOfNumbers = Float[Array, "R S *K"] | Int[Array, "R S *K"]
 
 
 def shift_right(x: RowsOfNumbers) -> RowsOfNumbers:
     """Move what place p - 1 says about token p to place p; 0 at place 0."""
-    return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
+    return jnp.pad(x[:, :-1], ((0, 0), (1, 0), *((0, 0) for _ in x.shape[2:])))
 
 
 def is_chosen(segment_ids: Int[Array, "R S"]) -> Bool[Array, "R S"]:
@@ -39,7 +42,7 @@ def is_chosen(segment_ids: Int[Array, "R S"]) -> Bool[Array, "R S"]:
 def token_logprobs(
     hidden: Float[Array, "R S D"],
     kernel: Float[Array, "D V"],
-    tokens: Int[Array, "R S"],
+    tokens: Int[Array, "R S"] | Int[Array, "R S K"],
     segment_ids: Int[Array, "R S"],
     *,
     temperature: float = 1.0,
@@ -49,7 +52,7 @@ def token_logprobs(
     constrain_kernel: Callable[[Array], Array] | None = None,
     chunk_size: int | None = None,
     linear_logprob: LinearLogprob | None = None,
-) -> tuple[Float[Array, "R S"], Float[Array, "R S"]]:
+) -> tuple[Float[Array, "R S"] | Float[Array, "R S K"], Float[Array, "R S"]]:
     """Return each token's log-probability, and the entropy it was chosen at.
 
     The sampler's own definition: `sampling.sample` with the same temperature and kept
@@ -58,7 +61,7 @@ def token_logprobs(
     Args:
         hidden: final hidden states.
         kernel: of the language head.
-        tokens: ids.
+        tokens: ids; or at each place several that might have been there.
         segment_ids: 1, 2, … within a row; 0 is padding.
         temperature: the tokens were sampled at.
         kept: the set each token was chosen from (at its own place), as
@@ -83,7 +86,7 @@ def token_logprobs(
         linear_logprob = functools.partial(
             _flat_linear_logprob,
             constrain_kernel=constrain_kernel,
-            chunk_size=_chunk_size(tokens.shape, kernel.shape[1], chunk_size),
+            chunk_size=_chunk_size(segment_ids.shape, kernel.shape[1], chunk_size),
         )
     logprobs, entropy = linear_logprob(
         hidden,
@@ -94,9 +97,55 @@ def token_logprobs(
         soft_cap=soft_cap,
         vocab_size=vocab_size,
     )
+    return _placed(logprobs, segment_ids), _placed(entropy, segment_ids)
+
+
+def top_logprobs(
+    hidden: Float[Array, "R S D"],
+    kernel: Float[Array, "D V"],
+    segment_ids: Int[Array, "R S"],
+    *,
+    num_top: int,
+    temperature: float = 1.0,
+    soft_cap: float | None = None,
+    vocab_size: int | None = None,
+    linear_top: LinearTop | None = None,
+) -> tuple[Float[Array, "R S K"], Int[Array, "R S K"]]:
+    """Return what each token was most likely to be, the likeliest first.
+
+    No gradient, and no array of all tokens by the vocabulary.
+
+    Args:
+        hidden: final hidden states.
+        kernel: of the language head.
+        segment_ids: 1, 2, … within a row; 0 is padding.
+        num_top: K, how many.
+        temperature: divides the logits.
+        soft_cap: as for `token_logprobs`.
+        vocab_size: likewise.
+        linear_top: does the work on a mesh; None is one device's.
+
+    Returns:
+        Log-probabilities among all tokens, in nats, float32, and ids, int32; 0 where no
+        token was chosen.
+    """
+    options: dict[str, Any] = {"num_top": num_top, "temperature": temperature}
+    options |= {"soft_cap": soft_cap, "vocab_size": vocab_size}
+    if linear_top is None:
+        rows = hidden.reshape(-1, hidden.shape[2])
+        found = linear_logprob_lib.linear_top(rows, kernel, **options)
+        found = jax.tree.map(lambda x: x.reshape(*segment_ids.shape, -1), found)
+    else:
+        found = linear_top(hidden, kernel, **options)
+    logprobs, ids = found
+    return _placed(logprobs, segment_ids), _placed(ids, segment_ids)
+
+
+def _placed(x: Array, segment_ids: Array) -> Array:
+    """Return what is said of the next token at that token's own place."""
     mask = is_chosen(segment_ids)
-    place = lambda x: jnp.where(mask, shift_right(x), 0.0)
-    return place(logprobs), place(entropy)
+    mask = mask.reshape(*mask.shape, *(1 for _ in x.shape[2:]))
+    return jnp.where(mask, shift_right(x), jnp.zeros((), x.dtype))
 
 
 def _flat_linear_logprob(hidden, kernel, targets, *, kept, **options):
@@ -105,7 +154,8 @@ def _flat_linear_logprob(hidden, kernel, targets, *, kept, **options):
     scores = linear_logprob_lib.linear_logprob(
         flat(hidden), kernel, flat(targets), kept=jax.tree.map(flat, kept), **options
     )
-    return jax.tree.map(lambda x: x.reshape(targets.shape), scores)
+    shape = targets.shape[:2]
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), scores)
 
 
 def _chunk_size(rows_shape, vocab_size: int, chunk_size: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Losses on pairs of completions, of which the first is preferred.
+"""Losses on pairs of completions, of which the first is preferred, and on labels.
 
 Sequences come in pairs: chosen, rejected, chosen, rejected, … A pair's *margin* is how
 much more the policy has come to prefer the chosen one, in nats:
@@ -37,8 +37,10 @@ def sequence_logprobs(
     return total / jnp.maximum(mask.sum(axis=1), 1) if is_per_token else total
 
 
-def margins(values: Float[Array, "B"]) -> Float[Array, "B//2"]:
-    """Return chosen minus rejected of each pair.
+def sides(
+    values: Float[Array, "B"],
+) -> tuple[Float[Array, "B//2"], Float[Array, "B//2"]]:
+    """Return the values of the chosen completions, and of the rejected ones.
 
     Raises:
         ValueError: an odd number of sequences.
@@ -48,7 +50,48 @@ def margins(values: Float[Array, "B"]) -> Float[Array, "B//2"]:
             f"{values.shape[0]} sequences are not pairs: each chosen one needs its"
             " rejected one right after it."
         )
-    return values[0::2] - values[1::2]
+    return values[0::2], values[1::2]
+
+
+def margins(values: Float[Array, "B"]) -> Float[Array, "B//2"]:
+    """Return chosen minus rejected of each pair.
+
+    Raises:
+        ValueError: an odd number of sequences.
+    """
+    chosen, rejected = sides(values)
+    return chosen - rejected
+
+
+def best_and_worst(
+    scores: Float[Array, "B"], counts: Bool[Array, "B"], *, group_size: int
+) -> tuple[Bool[Array, "B"], Bool[Array, "B"]]:
+    """Return which completion of each group is its pair's chosen, which its rejected.
+
+    The first of the highest scores, and the first of the lowest; where these are equal,
+    there is no pair.
+
+    Args:
+        scores: one per completion; those of a prompt follow each other.
+        counts: False for rows that only pad the batch.
+        group_size: completions of a prompt.
+
+    Raises:
+        ValueError: the scores do not split into groups.
+    """
+    if scores.shape[0] % group_size:
+        raise ValueError(
+            f"{scores.shape[0]} scores do not split into groups of {group_size}. Each"
+            " prompt needs `group_size` completions in a row."
+        )
+    counts = counts.reshape(-1, group_size)
+    highest = jnp.where(counts, scores.reshape(counts.shape), -jnp.inf)
+    lowest = jnp.where(counts, scores.reshape(counts.shape), jnp.inf)
+    is_pair = highest.max(axis=1, keepdims=True) > lowest.min(axis=1, keepdims=True)
+    place = jnp.arange(group_size)[None, :]
+    is_chosen = is_pair & (place == jnp.argmax(highest, axis=1)[:, None])
+    is_rejected = is_pair & (place == jnp.argmin(lowest, axis=1)[:, None])
+    return is_chosen.reshape(-1), is_rejected.reshape(-1)
 
 
 def preference(
@@ -107,3 +150,37 @@ def log_odds(logprobs: Float[Array, "B"]) -> Float[Array, "B"]:
     # 1 - p is 0 in float32 where a completion is all but certain.
     nearly_one = jnp.minimum(logprobs, -1e-6)
     return logprobs - jnp.log(-jnp.expm1(nearly_one))
+
+
+def prospect(
+    gained: Float[Array, "B"],
+    is_desirable: Bool[Array, "B"],
+    *,
+    kl: Float[Array, "B"],
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Float[Array, "B"]:
+    """Return KTO's loss of completions, each labelled by itself.
+
+        λ_D (1 - σ(β (r - z)))    desirable        r = log π(y) / π_ref(y)
+        λ_U (1 - σ(β (z - r)))    undesirable      z = max(0, KL(π ‖ π_ref))
+
+    Source: Ethayarajh et al. 2024 (KTO), https://arxiv.org/abs/2402.01306, equation 8,
+    whose λ_y - v is this.
+
+    Args:
+        gained: r, in nats.
+        is_desirable: the label.
+        kl: the KL divergence that z is made of; no gradient goes into it.
+        beta: β, in 1 / nat.
+        desirable_weight: λ_D.
+        undesirable_weight: λ_U.
+    """
+    ahead = beta * (gained - jax.lax.stop_gradient(jnp.maximum(kl, 0.0)))
+    # 1 - σ(x) = σ(-x), also where σ(x) is 1 in float32.
+    return jnp.where(
+        is_desirable,
+        desirable_weight * jax.nn.sigmoid(-ahead),
+        undesirable_weight * jax.nn.sigmoid(ahead),
+    )

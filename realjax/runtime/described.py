@@ -22,7 +22,7 @@ from realjax.core.config import to_dataclass
 from realjax.data.datasets import DataConfig
 from realjax.dataflow.graph import DataflowGraph, ModelFunctionCall
 from realjax.dataflow.plan import ExecutionPlan
-from realjax.functions.function import INFERRED, Generate, Infer, Score, Train
+from realjax.functions.function import LANGUAGE_OUTPUTS, Generate, Infer, Score, Train
 from realjax.functions.generate import GenerateProgram
 from realjax.functions.infer import InferProgram
 from realjax.functions.packed import ModelProgram
@@ -250,13 +250,8 @@ class _Described:
     def _infer(self, name, node, program: ModelProgram, mesh: Mesh):
         infer = InferProgram(node.function, program, mesh)
         outputs = {
-            local: array(
-                (self.size, self.width)
-                if local in ("logprobs", "values")
-                else (self.size,),
-                jnp.float32,
-            )
-            for local in INFERRED[node.function.output]
+            local: array(value.shape, value.dtype)
+            for local, value in infer.described(self.size, self.width).items()
         }
         arguments = (
             self._copy(name, node, program, mesh),
@@ -368,7 +363,7 @@ def described_model(config: RunConfig, graph: DataflowGraph, role: str) -> Model
     given, outputs = config.roles[role], set()
     for node in graph.of(role):
         outputs.add(getattr(node.function, "output", "logprobs"))
-    head = "language" if "logprobs" in outputs else "scalar"
+    head = "language" if outputs & {*LANGUAGE_OUTPUTS} else "scalar"
     if given.path:
         own = hf.read_config(given.path, family=given.family or None)
         model = dataclasses.replace(own, head=head)

@@ -88,11 +88,20 @@ def data_shapes(
     graph: DataflowGraph, size: int, prompt_width: int, width: int
 ) -> Shapes:
     """Give the shapes of what the data set holds."""
-    known = {
-        "prompts": array((size, prompt_width), jnp.int32),
-        "tokens": array((size, width), jnp.int32),
-        "completion_mask": array((size, width), jnp.bool_),
-        "pair_weights": array((size,), jnp.float32),
+    of_tokens = {
+        "tokens": jnp.int32,
+        "completion_mask": jnp.bool_,
+        "ref_logprobs": jnp.float32,
+        "mismatched_tokens": jnp.int32,
+        "mismatched_ref_logprobs": jnp.float32,
+    }
+    of_rows = {
+        "pair_weights": jnp.float32,
+        "is_desirable": jnp.bool_,
+        "mismatched_lengths": jnp.int32,
+    known = {"prompts": array((size, prompt_width), jnp.int32)}
+    known |= {key: array((size, width), dtype) for key, dtype in of_tokens.items()}
+    known |= {key: array((size,), dtype) for key, dtype in of_rows.items()}
     }
     for key in graph.inputs:
         if key not in known:

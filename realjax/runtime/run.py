@@ -21,7 +21,14 @@ from realjax.data.tokenizer import Tokenizer
 from realjax.dataflow.graph import DataflowGraph, ModelFunctionCall
 from realjax.dataflow.plan import ExecutionPlan
 from realjax.dataflow.schedule import home_places, resting_on_host
-from realjax.functions.function import Follow, Generate, Infer, Score, Train
+from realjax.functions.function import (
+    LANGUAGE_OUTPUTS,
+    Follow,
+    Generate,
+    Infer,
+    Score,
+    Train,
+)
 from realjax.functions.role import Role
 from realjax.functions.score import RewardWorkers
 from realjax.models import hf, transformer
@@ -383,7 +390,7 @@ def _needed_head(role: str, graph: DataflowGraph) -> Any:
             case Generate():
                 heads.add("language")
             case Infer(output=output) | Train(output=output):
-                heads.add("language" if output == "logprobs" else "scalar")
+                heads.add("language" if output in LANGUAGE_OUTPUTS else "scalar")
     if not heads:  # It follows another role, and that is all.
         (source,) = {
             node.function.source

@@ -26,6 +26,12 @@ PAIRS = [
         "neg_answers": ["1", "2", "3", "4"],
     },
 ]
+LABELS = [
+    {"prompt": "ab", "completion": "cde", "label": True},
+    {"prompt": "xyz", "completion": "f", "label": False},
+    {"prompt": "ab", "completion": "gh", "label": False},
+    {"prompt": "k", "completion": "lmnopqr", "label": True},
+]
 PROMPTS = [{"prompt": "a" * n, "answer": str(n)} for n in (3, 20, 9, 12)]
 
 
@@ -222,6 +228,73 @@ def test_a_pair_is_left_out_when_one_side_is_too_long(tmp_path, tokenizer):
         tmp_path, tokenizer, [record], "pairs", max_length=8, overlong="truncate"
     ).batch([0])
     np.testing.assert_array_equal(cut["is_truncated"], [False, True, False, False])
+
+
+def test_a_label_has_its_completion_and_another_one_after_its_prompt(
+    tmp_path, tokenizer
+):
+    dataset = load(tmp_path, tokenizer, LABELS, "labels")
+    batch = dataset.batch([3, 0, 1, 2])
+    assert batch["is_desirable"].tolist() == [True, True, False, False]
+    assert batch["tokens"][1, :6].tolist() == [
+        *tokenizer.encode("abcde"),
+        tokenizer.eos_id,
+    ]
+    completions = {(*tokenizer.encode(r["completion"]),): r["prompt"] for r in LABELS}
+    for row, number in enumerate([3, 0, 1, 2]):
+        prompt = tokenizer.encode(LABELS[number]["prompt"])
+        stop = batch["mismatched_lengths"][row]
+        tokens = batch["mismatched_tokens"][row, :stop].tolist()
+        assert tokens[: len(prompt)] == prompt
+        other = tokens[len(prompt) :]
+        assert other[-1] == tokenizer.eos_id
+        assert completions[(*other[:-1],)] != LABELS[number]["prompt"]
+    # They do not depend on what else is in the batch.
+    alone = dataset.batch([3])["mismatched_tokens"][0]
+    np.testing.assert_array_equal(alone, batch["mismatched_tokens"][0])
+    padded = batch.pad_to(5)
+    assert padded["mismatched_lengths"][4] == 0
+    assert not padded["is_desirable"][4]
+
+
+def test_a_mismatched_completion_is_cut_at_the_longest_length(tmp_path, tokenizer):
+    records = [LABELS[3], {"prompt": "abcdefg", "completion": "", "label": False}]
+    batch = load(tmp_path, tokenizer, records, "labels", max_length=9).batch([0, 1])
+    # Of "lmnopqr" and its end, 2 tokens are left after 7 of the prompt.
+    assert batch["mismatched_lengths"].tolist() == [2, 9]
+
+
+def test_labels_need_two_prompts(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="2 records have the same prompt"):
+        load(tmp_path, tokenizer, [LABELS[0], LABELS[2]], "labels")
+
+
+@pytest.mark.parametrize(("kind", "records"), [("pairs", PAIRS), ("labels", LABELS)])
+def test_what_is_stored_comes_with_the_tokens_it_is_of(
+    tmp_path, tokenizer, kind, records
+):
+    dataset = load(tmp_path, tokenizer, records, kind, max_pairs=2)
+    parts, seen = [], 0
+    for batch in dataset.completion_batches(4):
+        assert batch.size == 4
+        mask = batch["completion_mask"]
+        parts.append(batch["tokens"][mask] * np.float32(0.5))
+        seen += (batch.ids >= 0).sum()
+    assert seen == dataset.num_completions == {"pairs": 10, "labels": 8}[kind]
+    dataset.store("ref_logprobs", np.concatenate(parts))
+    batch = dataset.batch(range(len(dataset)), 1)
+    mask = batch["completion_mask"]
+    expected = np.where(mask, 0.5 * batch["tokens"], 0.0)
+    np.testing.assert_array_equal(batch["ref_logprobs"], expected)
+    if kind == "labels":
+        place, starts = np.arange(dataset.row_width)[None, :], mask.argmax(axis=1)
+        of_others = (place >= starts[:, None]) & (
+            place < batch["mismatched_lengths"][:, None]
+        )
+        expected = np.where(of_others, 0.5 * batch["mismatched_tokens"], 0.0)
+        np.testing.assert_array_equal(batch["mismatched_ref_logprobs"], expected)
+    with pytest.raises(ValueError, match=r"'ref_logprobs' has the shape \(3,\)"):
+        dataset.store("ref_logprobs", np.zeros(3, np.float32))
 
 
 def test_prompts_are_as_wide_as_the_longest_by_default(tmp_path, tokenizer):

@@ -169,6 +169,8 @@ def test_equal_conversations_still_have_an_answer(tokenizer):
             r"`pos_answers\[1\]` is a int",
         ),
         ("pairs", {"chosen": "Good", "rejected": "Bad"}, "prompt is empty"),
+        ("labels", {"prompt": "a", "completion": "b"}, "no field `label`"),
+        ("labels", {"prompt": "a", "completion": "b", "label": 1}, "`label` is 1"),
     ],
 )
 def test_bad_records_are_refused_with_their_number(tokenizer, kind, record, message):
@@ -177,6 +179,7 @@ def test_bad_records_are_refused_with_their_number(tokenizer, kind, record, mess
         "answer": "b",
         "pos_answers": ["b"],
         "neg_answers": ["c"],
+        "label": True,
     }
     with pytest.raises(ValueError, match=rf"Record 2 .*{kind}.*{message}"):
         read_examples([fine, fine, record], kind, tokenizer)

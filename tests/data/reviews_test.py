@@ -13,7 +13,7 @@ from realjax.data.tokenizer import Tokenizer
 SMALL = {"num_sft": 40, "num_pairs": 20, "num_prompts": 20, "num_valid": 8}
 FILES = [
     f"{name}_{split}"
-    for name in ("sft", "pairs", "prompts")
+    for name in ("sft", "pairs", "labels", "prompts")
     for split in ("train", "valid")
 ]
 
@@ -34,6 +34,8 @@ def test_sizes_are_those_asked_for(folder):
         "sft_valid": 256,
         "pairs_train": 2000,
         "pairs_valid": 256,
+        "labels_train": 2000,
+        "labels_valid": 256,
         "prompts_train": 2000,
         "prompts_valid": 256,
     }
@@ -80,7 +82,7 @@ def test_held_out_prompts_are_new_combinations_of_opening_and_product(folder):
     ]
     assert [len(pairs) for pairs in combinations] == [96, 32]
     assert not combinations[0] & combinations[1]
-    for name in ("sft", "pairs", "prompts"):
+    for name in ("sft", "pairs", "labels", "prompts"):
         for split, prompts in (("train", known), ("valid", new)):
             found = {r["prompt"] for r in records_of(folder, f"{name}_{split}")}
             assert found <= {each["prompt"] for each in prompts}

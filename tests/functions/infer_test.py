@@ -7,16 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from realjax.functions.function import Infer
+from realjax.functions.function import LANGUAGE_OUTPUTS, Infer
 from realjax.functions.infer import InferProgram
 from realjax.testing import tiny_batch, tiny_model
 from tests.functions.plain import (
     batch_on,
+    log_softmax,
     mesh_of,
     model_on,
     pack_all,
     pack_groups,
     parameters_on,
+    plain_logits,
     plain_logprobs,
     plain_scalars,
     sharp_parameters,
@@ -32,14 +34,14 @@ IS_CHOSEN = EXISTS & (np.arange(WIDTH) > 0)
 
 
 def config_of(output):
-    return LANGUAGE if output == "logprobs" else SCALAR
+    return LANGUAGE if output in LANGUAGE_OUTPUTS else SCALAR
 
 
 @functools.cache
-def program_of(output, temperature=1.0, dtype="float32"):
+def program_of(output, temperature=1.0, dtype="float32", num_top=0):
     """A program and its parameters, on one device."""
     config = config_of(output)
-    spec = Infer(output=output, temperature=temperature)
+    spec = Infer(output=output, temperature=temperature, num_top=num_top)
     program = InferProgram(spec, model_on("d1", config, dtype=dtype), mesh_of("d1"))
     return program, parameters_on("d1", config, sharp_parameters(config))
 
@@ -65,6 +67,32 @@ def test_logprobs_are_those_of_rows_that_were_never_packed(temperature):
     np.testing.assert_allclose(found, expected, atol=2e-5)
     assert not found[~IS_CHOSEN].any()
     assert (found[IS_CHOSEN] < 0).all()
+
+
+def test_the_likeliest_tokens_are_those_that_might_have_stood_there():
+    options = {
+        "options": (0.7, "float32", 5),
+        "packings": pack_all(LENGTHS, num_rows=2),
+    }
+    found = inferred("top_logprobs", **options)
+    logits = np.float64(plain_logits(sharp_parameters(LANGUAGE), LANGUAGE, TOKENS))
+    # Token t is chosen by the logits at token t - 1.
+    expected = log_softmax(np.roll(logits, 1, axis=1) / 0.7)
+    ids = np.argsort(-expected, axis=-1)[..., :5]
+    np.testing.assert_array_equal(found["top_ids"][IS_CHOSEN], ids[IS_CHOSEN])
+    expected = np.take_along_axis(expected, ids, axis=-1)
+    np.testing.assert_allclose(
+        found["top_logprobs"][IS_CHOSEN], expected[IS_CHOSEN], atol=2e-5
+    )
+    for value in found.values():
+        assert value.shape == (SIZE, WIDTH, 5)
+        assert not value[~IS_CHOSEN].any()
+
+
+@pytest.mark.parametrize(("output", "num_top"), [("top_logprobs", 0), ("values", 3)])
+def test_a_number_of_tokens_belongs_to_the_likeliest_ones(output, num_top):
+    with pytest.raises(ValueError, match=f"num_top is {num_top} and the output"):
+        Infer(output=output, num_top=num_top)
 
 
 def test_a_value_is_of_the_state_before_its_token():

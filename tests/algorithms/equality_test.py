@@ -1,0 +1,121 @@
+"""Every algorithm's step is the same however its batch is cut: `equality` says how."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from realjax.algorithms import (
+    distillation,
+    dpo,
+    kto,
+    online_dpo,
+    orpo,
+    reward_model,
+    sft,
+)
+from realjax.rl import Sampling
+from realjax.testing import tiny_batch, tiny_model
+from tests.algorithms.equality import CUTS, assert_equal, parameters_for, run_step
+from tests.functions.plain import plain_logprobs
+
+SIZE, WIDTH = 8, 24
+MADE = tiny_batch(SIZE, WIDTH)
+DATA = {key: np.asarray(MADE[key]) for key in ("tokens", "completion_mask")}
+SAMPLING = Sampling(max_new_tokens=WIDTH // 2)
+
+
+def sentences():
+    return DATA, {"tokens": MADE.lengths}
+
+
+def pairs():
+    """Two pairs of one prompt, and two of others; one of their rows is empty."""
+    weights = np.repeat([0.5, 0.5, 1.0, 0.0], 2).astype(np.float32)
+    lengths = MADE.lengths * (weights > 0)
+    mask = DATA["completion_mask"] & (weights > 0)[:, None]
+    batch = DATA | {"completion_mask": mask, "pair_weights": weights}
+    return batch, {"tokens": lengths}
+
+
+def labels():
+    other = tiny_batch(SIZE, WIDTH, seed=1)
+    starts = DATA["completion_mask"].argmax(axis=1)
+    place = np.arange(WIDTH)[None, :]
+    others, is_prompt = np.asarray(other["tokens"]), place < starts[:, None]
+    lengths = np.maximum(other.lengths, starts + 1).astype(np.int32)
+    return DATA | {
+        "is_desirable": np.arange(SIZE) % 3 > 0,
+        "mismatched_tokens": np.where(is_prompt, DATA["tokens"], others),
+        "mismatched_lengths": lengths,
+    }, {"tokens": MADE.lengths, "mismatched_tokens": lengths}
+
+
+def rollout():
+    """Completions by a policy that is nearly the one in training."""
+    generator, config = np.random.default_rng(3), tiny_model()
+    policy = parameters_for("d1", config, "policy")
+    logprobs = plain_logprobs(policy, config, DATA["tokens"], MADE.lengths)
+    noise = 0.1 * generator.standard_normal(logprobs.shape)
+    return DATA | {
+        "old_logprobs": np.where(logprobs, logprobs + noise, 0.0).astype(np.float32),
+        "is_truncated": np.arange(SIZE) % 4 == 1,
+        "scores": generator.standard_normal(SIZE).astype(np.float32),
+    }, {"tokens": MADE.lengths}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An algorithm, its hyperparameters, and what makes its batch."""
+
+    algorithm: Any
+    hp: Any
+    make: Any
+    models: Any = None
+
+
+CASES = {
+    "sft": Case(sft, sft.SFT(), sentences),
+    "reward_model": Case(reward_model, reward_model.RewardModel(), pairs),
+    "dpo": Case(dpo, dpo.DPO(), pairs),
+    "dpo ipo": Case(dpo, dpo.DPO(kind="ipo", is_per_token=True), pairs),
+    "orpo": Case(orpo, orpo.ORPO(), pairs),
+    "kto": Case(kto, kto.KTO(undesirable_weight=1.5), labels),
+    "online_dpo": Case(
+        online_dpo,
+        online_dpo.OnlineDPO(completions_per_prompt=4, sampling=SAMPLING),
+        rollout,
+    ),
+    "distillation": Case(
+        distillation,
+        distillation.Distillation(num_top=12, temperature=1.3),
+        sentences,
+        {"teacher": tiny_model(width=64, mlp_width=96)},
+    ),
+}
+QUICK = {("kto", "microbatches")}
+
+
+@functools.cache
+def step_of(name, cut=None):
+    case = CASES[name]
+    more = () if cut is None else (CUTS[cut],)
+    return run_step(case.algorithm, case.hp, *case.make(), *more, models=case.models)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        pytest.param(name, cut, marks=() if (name, cut) in QUICK else pytest.mark.slow)
+        for name in CASES
+        for cut in CUTS
+    ],
+)
+def test_a_step_is_the_same_however_its_batch_is_cut(name, cut):
+    found, whole = step_of(name, cut), step_of(name)
+    if "microbatches" in cut:
+        assert min(found.num_microbatches.values()) > 1
+    assert set(whole.num_microbatches.values()) == {1}
+    assert_equal(found, whole)
