@@ -1,8 +1,9 @@
-"""Rewards from Python functions of the text, in worker processes with a time limit.
+"""Rewards from Python functions of the text, in worker processes with limits.
 
-A function that raises, hangs, or returns nonsense harms its worker only: the run stops
-with a clear error, or counts a fallback score and goes on. Workers are fresh processes
-(`score_worker.py`): they never fork a process that has started JAX.
+A function that raises, hangs, takes too much memory or returns nonsense harms its
+worker only: the run stops with a clear error, or counts a fallback score and goes on.
+Workers are fresh processes (`score_worker.py`): they never fork one that has started
+JAX.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from realjax.core.arrays import Float
-from realjax.core.config import check_choice
+from realjax.core.config import check_choice, check_least
 from realjax.functions import score_worker
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,12 @@ class RewardFunction:
     Attributes:
         fn: "package.module:function", "path/to/file.py:function", or a callable that
             pickles: it stands at the top of a module or a script.
+        options: arguments of the function by name, the same for all completions.
         weight: of this function in the sum.
         timeout_seconds: for one call on one worker's part of the batch.
+        memory_gib: that one call may take beside what its worker has, in each process
+            that it starts; 0 is no limit. An allocation beyond it fails, which Python
+            raises as a MemoryError.
         on_error: "stop" the run, or "fallback": score the completions concerned with
             `fallback_score`, and count them.
         fallback_score: before weighting.
@@ -59,8 +64,10 @@ class RewardFunction:
     """
 
     fn: str | Callable[..., Any]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     weight: float = 1.0
     timeout_seconds: float = 30.0
+    memory_gib: float = 8.0
     on_error: str = "stop"
     fallback_score: float = 0.0
     name: str = ""
@@ -68,6 +75,7 @@ class RewardFunction:
     def __post_init__(self):
         """Checks the fields and fills `name`."""
         check_choice("on_error", self.on_error, ("stop", "fallback"))
+        check_least(self, 0, "memory_gib")
         if not self.timeout_seconds > 0:
             raise ValueError(
                 f"timeout_seconds is {self.timeout_seconds}; it must be above 0."
@@ -240,6 +248,8 @@ class RewardWorkers:
             how = self._workers[index].how_it_ended()
             self._replace(index)
             return _Outcome(error=f"ended its process ({how}).")
+        if kind == "memory":
+            self._replace(index)  # What the function keeps there goes with it.
         return _Outcome(scores=value) if kind == "scores" else _Outcome(error=value)
 
     def _note(self, task: "_Task", outcome: "_Outcome", scores) -> None:
@@ -312,6 +322,9 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 # A function that uses JAX must not reserve the run's accelerators.
                 env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                # In a group of its own: what functions start goes with it, and a Ctrl-C
+                # comes to the parent alone, which decides what it means.
+                start_new_session=True,
             )
         except BaseException:
             self.ask_to_end()
@@ -352,7 +365,10 @@ class _Worker:
 
     def how_it_ended(self) -> str:
         """Why the process is gone, after its pipe closed."""
-        code = self._process.wait()
+        if self._process.returncode is None:
+            # It is looked at before its number may be another's: its group has it.
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        code = self._end_group()
         if code >= 0:
             return f"exit code {code}"
         return f"killed by {signal.Signals(-code).name}; out of memory?"
@@ -372,19 +388,27 @@ class _Worker:
                 self._process.wait(within_seconds)
         except subprocess.TimeoutExpired:
             pass
-        self._process.kill()
-        self._process.wait()
+        self._end_group()
         self.ask_to_end()
+
+    def _end_group(self) -> int:
+        """Kills the process and what it started; returns the status it ended with."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        return self._process.wait()
 
 
 def _target(function: RewardFunction) -> score_worker.Target:
     """How a worker finds the function."""
     fn, name = function.fn, function.name
+    memory_bytes = int(function.memory_gib * 2**30)
+    call: dict[str, Any] = {"options": function.options, "memory_bytes": memory_bytes}
     if isinstance(fn, str):
         place, _, attribute = fn.rpartition(":")
         if place.endswith(".py"):
             place = str(pathlib.Path(place).absolute())
-        return score_worker.Target(name, text=f"{place}:{attribute}")
+        return score_worker.Target(name, text=f"{place}:{attribute}", **call)
     main = sys.modules["__main__"]
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
     place = spec.name if spec else str(pathlib.Path(file).absolute()) if file else ""
@@ -397,7 +421,7 @@ def _target(function: RewardFunction) -> score_worker.Target:
             f"Reward function {name!r} is {fn!r}, which no other process can import "
             f"({error}) Put it at the top of a file and give 'file.py:function'."
         ) from error
-    return score_worker.Target(name, pickled=pickled, main=place)
+    return score_worker.Target(name, pickled=pickled, main=place, **call)
 
 
 def _check_lengths(size: int, prompts, columns: Mapping[str, Sequence[Any]]) -> None:

@@ -1,7 +1,7 @@
 """A worker process of `score.py`: imports functions, then calls them on request.
 
     parent ── (function, prompts, completions, columns) ─▶ worker
-           ◀─ ("scores", [...]) or ("error", text) ───────
+           ◀─ ("scores", [...]), ("error", text) or ("memory", text) ─
 
 The parent starts this file by its path, so that nothing of the package is imported,
 JAX least of all, unless a function asks for it. Only the standard library is used.
@@ -19,12 +19,13 @@ import numbers
 import os
 import pathlib
 import pickle
+import resource
 import signal
 import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -36,12 +37,16 @@ class Target(NamedTuple):
         text: "package.module:function" or "file.py:function"; empty if pickled.
         pickled: the callable, by reference.
         main: module or file that is `__main__` in the parent.
+        options: arguments by name.
+        memory_bytes: that a call may take; 0 is no limit.
     """
 
     name: str
     text: str = ""
     pickled: bytes = b""
     main: str = ""
+    options: Mapping[str, Any] | None = None
+    memory_bytes: int = 0
 
 
 class LoadError(Exception):
@@ -72,7 +77,26 @@ def load(target: Target) -> Callable[..., Any]:
         raise LoadError(
             f"Reward function {target.name!r} is {found!r}, not a function."
         )
+    _check_options(found, target)
     return found
+
+
+def _check_options(fn: Callable[..., Any], target: Target) -> None:
+    """Refuses options that `**columns` would swallow."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):  # A builtin.
+        return
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = [one.name for one in parameters if one.kind in named][2:]
+    for name in target.options or ():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            raise LoadError(
+                f"Reward function {target.name!r} has no argument {name!r}, which its"
+                f" `options` give. It has {', '.join(known) or 'none but two'}."
+                + (f" Did you mean {close[0]!r}?" if close else "")
+            )
 
 
 class _Unpickler(pickle.Unpickler):
@@ -123,18 +147,58 @@ def answer(
     prompts: list[str],
     completions: list[str],
     columns: dict[str, list],
+    *,
+    options: Mapping[str, Any] | None = None,
+    memory_bytes: int = 0,
 ) -> tuple[str, Any]:
-    """Calls a function: ("scores", floats) or ("error", what it did)."""
+    """Calls a function: ("scores", floats) or ("error", what it did).
+
+    ("memory", what it did) if it ran out of memory: of what it keeps, nobody knows.
+    """
     try:
-        result = fn(prompts, completions, **_accepted(fn, columns))
-        if inspect.isawaitable(result):
-            result = asyncio.run(_await(result))
+        with _memory_limit(memory_bytes):
+            arguments = _accepted(fn, columns) | dict(options or {})
+            result = fn(prompts, completions, **arguments)
+            if inspect.isawaitable(result):
+                result = asyncio.run(_await(result))
+    except MemoryError as error:
+        limit = f"{memory_bytes / 2**30:g} GiB" if memory_bytes else "no limit"
+        return "memory", f"ran out of memory ({limit} by memory_gib): {error!r}."
     except BaseException as error:
         # Without our own frame, which tells the user nothing.
         frames = error.__traceback__ and error.__traceback__.tb_next
         text = "".join(traceback.format_exception(type(error), error, frames))
         return "error", f"raised {error!r}:\n{text.rstrip()}"
     return _as_floats(result, len(completions))
+
+
+@contextlib.contextmanager
+def _memory_limit(num_bytes: int) -> Iterator[None]:
+    """Lets allocations fail that go so far beyond what the process has.
+
+    Counted is what a process may write to and need not share (RLIMIT_DATA), which
+    leaves aside files that are mapped and room that is only reserved.
+    """
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if not num_bytes:
+        yield
+        return
+    limit = _data_bytes() + num_bytes
+    if before[1] != resource.RLIM_INFINITY:
+        limit = min(limit, before[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _data_bytes() -> int:
+    """Of this process, as RLIMIT_DATA counts them."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) << 10
+    return 0
 
 
 async def _await(result: Any) -> Any:
@@ -185,14 +249,17 @@ def _serve(pipe: connections.Connection) -> None:
     paths, targets = pipe.recv()
     sys.path[:] = paths
     try:
-        functions = [load(target) for target in _targets(targets)]
+        targets = _targets(targets)
+        functions = [load(target) for target in targets]
     except LoadError as error:
         pipe.send(("error", str(error)))
         return
     pipe.send(("ready", ""))
     while True:
         index, *request = pipe.recv()
-        pipe.send(answer(functions[index], *request))
+        function, target = functions[index], targets[index]
+        given = {"options": target.options, "memory_bytes": target.memory_bytes}
+        pipe.send(answer(function, *request, **given))
 
 
 def _targets(items: Sequence[tuple]) -> list[Target]:
@@ -203,16 +270,21 @@ def _targets(items: Sequence[tuple]) -> list[Target]:
 def _end_with(alive: int) -> None:
     """Ends the process when the parent closed its end, or died."""
     os.read(alive, 1)
+    _end()
+
+
+def _end() -> None:
+    """Ends the process and what functions have started, without waiting for it."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
     os._exit(0)
 
 
 def _main(pipe: int, alive: int) -> None:
-    # Ctrl-C reaches the whole process group; the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError):
         _serve(connections.Connection(pipe))
-    os._exit(0)  # Without waiting for threads that a function may have left.
+    _end()
 
 
 if __name__ == "__main__":

@@ -92,6 +92,31 @@ def process(prompts, completions, **columns):
     return [os.getpid()] * len(completions)
 
 
+def scaled(prompts, completions, *, factor=1.0, offset=0.0, **columns):
+    return [factor * len(completion) + offset for completion in completions]
+
+
+def hungry(prompts, completions):
+    if "feed" in completions:
+        kept = globals().setdefault("kept", [])
+        while True:
+            kept.append(bytearray(1 << 24))
+    return [float("kept" in globals())] * len(completions)
+
+
+def starts(prompts, completions, pids):
+    import pathlib
+    import subprocess
+
+    child = subprocess.Popen(["sleep", "600"])
+    pathlib.Path(pids[0]).write_text(str(child.pid))
+    while "hang" in completions:
+        time.sleep(0.01)
+    if "die" in completions:
+        os._exit(3)
+    return [1.0] * len(completions)
+
+
 class Constant:
     def __init__(self, value):
         self.value = value
@@ -226,6 +251,25 @@ def test_a_function_of_a_script_is_read_from_its_file(tmp_path):
     assert done.stdout == "[3.0, 0.0]\n", done.stderr
 
 
+def test_options_are_arguments_by_name(file):
+    options = {"factor": 2.0, "offset": 1.0}
+    found = score(file, "scaled", ["ab", ""], {"factor": [7, 7]}, options=options)
+    np.testing.assert_array_equal(found[0], [5, 1])  # They win over columns.
+    function = RewardFunction(fn="realjax.data.verifiers:gsm8k")
+    with RewardWorkers([function]) as workers:
+        found = workers.score(["?"] * 2, ["#### 4", "4"], {"answer": ["4", "4"]})
+    np.testing.assert_array_equal(found, [1, 0])
+
+
+def test_misspelt_options_are_refused_at_once(file):
+    function = RewardFunction(fn=f"{file}:scaled", options={"faktor": 2.0})
+    with pytest.raises(RewardError, match=r"no argument 'faktor'.*mean 'factor'"):
+        RewardWorkers([function])
+    function = RewardFunction(fn=f"{file}:length", options={"x": 2.0})
+    with pytest.raises(RewardError, match=r"no argument 'x'.* none but two"):
+        RewardWorkers([function])
+
+
 # Failures: the run stops with the reason, or counts and goes on.
 
 
@@ -312,6 +356,20 @@ def test_a_worker_that_ended_between_batches_is_replaced(file):
         assert workers.score(["p"], ["c"])[0] != pid
 
 
+def test_memory_beyond_the_limit_is_a_failure_and_goes_with_its_worker(file):
+    options = {"memory_gib": 0.25, "timeout_seconds": 60.0}
+    with pytest.raises(RewardError, match=r"ran out of memory \(0\.25 GiB"):
+        score(file, "hungry", ["feed"], **options)
+    function = RewardFunction(
+        fn=f"{file}:hungry", on_error="fallback", fallback_score=-1.0, **options
+    )
+    with RewardWorkers([function]) as workers:
+        np.testing.assert_array_equal(workers.score(["p"] * 2, ["a", "feed"]), [-1, -1])
+        assert workers.num_failures == {"hungry": 2}
+        # What it kept is gone, and the next batch has all of the limit.
+        np.testing.assert_array_equal(workers.score(["p"], ["a"]), [0])
+
+
 # Processes.
 
 
@@ -329,6 +387,20 @@ def test_close_leaves_no_process_even_when_one_hangs(file):
     workers.close()  # A second time does nothing.
     assert all(process.returncode is not None for process in processes)
     assert all(is_gone(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("word", ["a", "hang", "die"])
+def test_what_a_function_started_ends_with_its_worker(file, tmp_path, word):
+    function = RewardFunction(
+        fn=f"{file}:starts", timeout_seconds=2.0, on_error="fallback"
+    )
+    path = tmp_path / "pid"
+    with RewardWorkers([function]) as workers:
+        workers.score(["p"], [word], {"pids": [str(path)]})
+    deadline = time.monotonic() + 30
+    while not is_gone(int(path.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert is_gone(int(path.read_text()))
 
 
 def test_workers_end_when_the_parent_is_killed_even_in_a_hung_call(file):
@@ -393,6 +465,7 @@ def test_lambdas_and_functions_of_notebooks_are_refused_with_a_way_out(monkeypat
         ({"fn": "m:f", "on_error": "fall_back"}, "Did you mean 'fallback'"),
         ({"fn": "m:f", "timeout_seconds": 0.0}, "timeout_seconds is 0"),
         ({"fn": "m:f", "weight": float("nan")}, "weight is nan"),
+        ({"fn": "m:f", "memory_gib": -1.0}, "memory_gib is -1"),
     ],
 )
 def test_bad_fields_are_refused(fields, message):

@@ -46,6 +46,8 @@ FAULTS = {
     "hangs": ("time.sleep(600)", "took more than timeout_seconds=1"),
     "nan": ("return [float('nan')] * len(prompts)", "returned nan for completion 0"),
     "count": ("return [1.0]", "returned 1 scores for 4 completions"),
+    "type": ("return None", "returned None, of type NoneType"),
+    "memory": ("x = [bytes(1 << 24) for _ in range(99)]", "ran out of memory (0.5 GiB"),
     "exits": ("import os; os._exit(3)", "ended its process (exit code 3)"),
 }
 
@@ -62,7 +64,8 @@ def rewarded_config(world, file: pathlib.Path):
     config.roles.critic.path = config.roles.policy.path
     with config.hp.ignore_type():
         fn = f"{file}:score"
-        config.hp.rewards = ({"fn": fn, "timeout_seconds": 1.0},)
+        limits = {"timeout_seconds": 1.0, "memory_gib": 0.5}
+        config.hp.rewards = ({"fn": fn, **limits},)
     config.checkpoint.every_steps = 1
     config.evaluation.at_start = config.evaluation.at_end = False
     return config
@@ -107,7 +110,7 @@ def test_ppo_stops_at_a_broken_reward_function_and_goes_on_once_it_is_mended(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hangs", "nan", "count", "exits"])
+@pytest.mark.parametrize("name", ["hangs", "nan", "count", "type", "memory", "exits"])
 def test_ppo_stops_at_each_fault_of_a_reward_function(world, tmp_path, name):
     file, workdir = tmp_path / "mine.py", tmp_path / "run"
     fault, message = FAULTS[name]
