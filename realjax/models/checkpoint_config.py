@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from realjax.models import families
 from realjax.models.config import ModelConfig
 from realjax.models.families._fields import read_ids
+from realjax.models.labels import with_one_label
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -20,7 +21,10 @@ ROLE_FIELD = "realjax_role"
 
 
 def read_config(
-    folder: str | Path, *, family: str | ModuleType | None = None
+    folder: str | Path,
+    *,
+    family: str | ModuleType | None = None,
+    label: str = "",
 ) -> ModelConfig:
     """Read the config of a checkpoint folder.
 
@@ -31,6 +35,8 @@ def read_config(
         folder: with a config.json.
         family: for a family of your own, its module or that module's name; by default
             the one that the config names.
+        label: of a sequence classifier, by name or number; its logit is the score. ""
+            is the only one.
 
     Raises:
         FileNotFoundError: if the folder or its config.json is missing.
@@ -39,6 +45,7 @@ def read_config(
     fields = read_fields(folder)
     fields.pop(ROLE_FIELD, None)
     try:
+        fields = with_one_label(fields, label) if label else fields
         module = families.family(family) if family else families.named_in(fields)
         config = module.read_config(fields)
     except (ValueError, TypeError) as error:

@@ -27,6 +27,7 @@ from realjax.models.byte_ranges import FLOATS
 from realjax.models.checkpoint_config import (
     CONFIG_FILE,
     read_config,
+    read_fields,
     read_role,
     write_config,
 )
@@ -34,12 +35,13 @@ from realjax.models.config import ModelConfig
 from realjax.models.families import family
 from realjax.models.gathering import (
     Agreement,
-    Alone,
     Source,
+    alone,
     gather,
     stored_sources,
     writers,
 )
+from realjax.models.labels import label_part
 from realjax.models.layout import Box, Stored
 from realjax.models.new_folder import NewFolder
 from realjax.models.parameters import Parameter, abstract_parameters
@@ -87,6 +89,7 @@ def load(
     config: ModelConfig | None = None,
     shardings: PyTree | None = None,
     head: str | None = None,
+    label: str = "",
     key: Key[Array, ""] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> PyTree:
@@ -101,6 +104,8 @@ def load(
         shardings: one per parameter; all on this process's first device if None.
         head: "scalar" turns a language checkpoint into a reward model or critic: its
             head is left out and a new one is drawn from `key`.
+        label: of a sequence classifier, by name or number: its row of the head is the
+            scalar head. "" is the only one.
         key: only for a new scalar head.
         dtype: of the parameters.
 
@@ -113,7 +118,7 @@ def load(
             shape than the config says, or if a head is asked for that the checkpoint
             does not have and `key` is None.
     """
-    own, config = _wanted_config(folder, config, head)
+    own, config = _wanted_config(folder, config, head, label)
     if _is_new_head(own, config) and key is None:
         raise ValueError(
             f"{folder} holds a language model; with head='scalar' a new head is drawn,"
@@ -128,7 +133,7 @@ def load(
     new_head_sharding = None
     if _is_new_head(own, config):
         new_head_sharding = wanted.pop("score")["kernel"]
-    abstract, stored = _read_trees(own, config)
+    abstract, stored = _read_trees(folder, own, config, label)
     with open_checked(folder, config, abstract, stored) as files:
         parameters = jax.tree.map(
             lambda parameter, tensor, sharding: _load_parameter(
@@ -147,15 +152,19 @@ def load(
 
 
 def check(
-    folder: str | Path, *, config: ModelConfig | None = None, head: str | None = None
+    folder: str | Path,
+    *,
+    config: ModelConfig | None = None,
+    head: str | None = None,
+    label: str = "",
 ) -> None:
     """Check all that `load` would, in moments: of the tensors only names and shapes.
 
     Raises:
         FileNotFoundError, ValueError: as `load` does.
     """
-    own, config = _wanted_config(folder, config, head)
-    abstract, stored = _read_trees(own, config)
+    own, config = _wanted_config(folder, config, head, label)
+    abstract, stored = _read_trees(folder, own, config, label)
     open_checked(folder, config, abstract, stored).close()
 
 
@@ -191,7 +200,7 @@ def save(
         ValueError: if the parameters are not those of the config, or cannot be stored
             as `dtype`, or if there are several processes and no agreement.
     """
-    agreement = agreement or _alone()
+    agreement = agreement or alone()
     new, dtype = agreement.together(lambda: NewFolder(folder)), jnp.dtype(dtype)
     check_stored_dtype(dtype)
     check_parameters(config, parameters)
@@ -220,23 +229,14 @@ def save(
     agreement.together(new.finish if is_first else lambda: None)
 
 
-def _alone() -> Agreement:
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"{jax.process_count()} processes save together, and there is no"
-            " `agreement` for them to wait for each other. Give each a"
-            " `realjax.runtime.agreement.Agreement`."
-        )
-    return Alone()
-
-
 def _wanted_config(
-    folder: str | Path, config: ModelConfig | None, head: str | None
+    folder: str | Path, config: ModelConfig | None, head: str | None, label: str
 ) -> tuple[ModelConfig, ModelConfig]:
     """Return the checkpoint's own config, and that of the model to load from it."""
     # Only a family of one's own is not known by what the folder says.
     is_foreign = config is not None and families.is_own(config.family)
-    own = read_config(folder, family=config.family if config and is_foreign else None)
+    family_name = config.family if config and is_foreign else None
+    own = read_config(folder, family=family_name, label=label)
     config = own if config is None else config
     if head is not None:
         config = dataclasses.replace(config, head=cast(Any, head))
@@ -252,12 +252,17 @@ def _is_new_head(own: ModelConfig, config: ModelConfig) -> bool:
     return own.head == "language" and config.head == "scalar"
 
 
-def _read_trees(own: ModelConfig, config: ModelConfig) -> tuple[PyTree, PyTree]:
+def _read_trees(
+    folder: str | Path, own: ModelConfig, config: ModelConfig, label: str
+) -> tuple[PyTree, PyTree]:
     """Return parameters and stored tensors that are read, without a head to draw."""
     abstract = abstract_parameters(config)
     stored = family(config.family).stored_tensors(config)
     if _is_new_head(own, config):
         del abstract["score"], stored["score"]
+    elif label:
+        part = label_part(read_fields(folder), label)
+        stored["score"] = {"kernel": stored["score"]["kernel"]._replace(part=part)}
     return abstract, stored
 
 

@@ -14,8 +14,10 @@ from realjax.core.arrays import Array, Float, Int, PyTree
 from realjax.core.config import check_choice
 from realjax.data.tokenizer import Tokenizer
 from realjax.functions.role import DTYPES
-from realjax.models import heads, hf, transformer
+from realjax.models import heads, hf, lora_files, transformer
 from realjax.models.config import ModelConfig
+from realjax.models.lora import merged
+from realjax.models.parameters import LORA, divide, join, split, without_adapters
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import make_mesh
 from realjax.parallel.partition import partition_for
@@ -154,15 +156,35 @@ class Model:
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes a Hugging Face folder, with the tokenizer if there is one.
 
-        All processes of a run call this.
+        Adapters are merged into it. All processes of a run call this.
         """
         hf.save(
             folder,
-            self.config,
-            self.parameters,
+            without_adapters(self.config),
+            merged(self.parameters, self.config),
             tokenizer=self.tokenizer,
             role=self.role,
             agreement=Agreement("model"),
+        )
+
+    def save_adapters(self, folder: str | pathlib.Path, base: str = "") -> None:
+        """Writes a folder of the adapters alone, in PEFT's layout.
+
+        All processes of a run call this.
+
+        Args:
+            folder: to make or replace.
+            base: name or folder of the model beside which they stand.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        lora_files.save_adapters(
+            folder,
+            self.config,
+            self.parameters,
+            base=base,
+            agreement=Agreement("adapters"),
         )
 
     def _rows(self, tokens, segment_ids):
@@ -212,6 +234,8 @@ def load(
     allocation: str | Allocation | None = None,
     dtype: str | None = None,
     family: str | types.ModuleType | None = None,
+    label: str = "",
+    adapters: str | pathlib.Path | None = None,
 ) -> Model:
     """Reads a Hugging Face folder onto devices: of a policy, reward model or critic.
 
@@ -222,6 +246,9 @@ def load(
         dtype: "float32", "bfloat16" or "float16"; by default bfloat16 on a GPU.
         family: a module of your own, or its dotted name, that reads the folder's config
             and tensors; None takes the family that its config.json names.
+        label: of a sequence classifier with several, the name or number of the one
+            whose logit is the score.
+        adapters: folder of adapters for the model, in PEFT's layout.
 
     Raises:
         FileNotFoundError: there is no such folder or it holds no model.
@@ -231,20 +258,29 @@ def load(
     folder = pathlib.Path(folder)
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
-    config = hf.read_config(folder, family=family)
+    config = hf.read_config(folder, family=family, label=label)
     if not isinstance(allocation, Allocation):
         allocation = Allocation.parse(allocation or f"d{len(jax.devices())}")
     check_fit(allocation, config)
     config = padded_for(config, [allocation])
+    base_config = config
+    if adapters is not None:
+        config = lora_files.read_adapters(adapters, config)
     shardings = parameter_shardings(
         transformer.abstract_parameters(config),
         make_mesh(allocation),
         options=allocation.options,
     )
+    _, of_base = divide(shardings, LORA)
+    parameters = hf.load(folder, config=base_config, shardings=of_base, label=label)
+    if adapters is not None:
+        of_trained, _ = split(shardings, config)
+        found = lora_files.load_adapters(adapters, config, shardings=of_trained)
+        parameters = join(found, parameters)
     has_tokenizer = (folder / "tokenizer.json").exists()
     return Model(
         config,
-        hf.load(folder, config=config, shardings=shardings),
+        parameters,
         allocation=allocation,
         dtype=dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32"),
         tokenizer=Tokenizer.load(folder) if has_tokenizer else None,

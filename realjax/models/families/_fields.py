@@ -7,6 +7,8 @@ its name is in the error.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from realjax.models.labels import label_names
+
 # Fields that do not change what a forward pass computes. Dropout is among them: it is
 # never applied here, in training neither.
 HARMLESS_FIELDS = frozenset(
@@ -125,13 +127,11 @@ class Fields:
                 f"The field 'architectures' is {architectures!r}; supported are"
                 f" [{language!r}] and [{scalar!r}]."
             )
-        # transformers' default is 2.
-        names, num_labels = self._left.get("id2label"), self._left.get("num_labels")
-        num_labels = len(names) if names else num_labels or 2
-        if num_labels != 1:
+        names = label_names(self._left)
+        if len(names) != 1:
             raise ValueError(
-                f"The config has {num_labels} labels (field 'id2label', or else"
-                " 'num_labels', or else 2); reward models and critics have one."
+                f"The config has {len(names)} labels ({', '.join(names)}); a reward"
+                " model or critic has one. Say which is the score: `label`."
             )
         return "scalar"
 
