@@ -42,14 +42,14 @@ class Buffer:
         self._made: dict[str, Array | np.ndarray] = {
             key: value for key, value in batch.arrays.items() if value is not None
         }
+        for key, value in batch.arrays.items():  # Of other sequences beside them.
+            if key.endswith("_lengths"):
+                self.lengths[key.removesuffix("lengths") + "tokens"] = np.asarray(value)
         self._copies: dict[tuple, Array] = {}
 
     @property
     def size(self) -> int:
         """Rows."""
-        for key, value in batch.arrays.items():  # Of other sequences beside them.
-            if key.endswith("_lengths"):
-                self.lengths[key.removesuffix("lengths") + "tokens"] = np.asarray(value)
         return len(self.ids)
 
     def __contains__(self, key: str) -> bool:

@@ -185,12 +185,12 @@ def num_kept(
             assert writer.role is not None  # It generates.
             form = kept_width(writer.function.sampling, vocab_size(writer.role))
             found += form[1] if form else 0
-    return found
-
-
         if isinstance(writer.function, Infer):
             width = writer.function.num_top
             found += sum(width - 1 for key in writer.writes if width and key in keys)
+    return found
+
+
 def _head_bytes(
     passes: _Passes, node: ModelFunctionCall, graph: DataflowGraph
 ) -> float:

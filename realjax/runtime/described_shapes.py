@@ -99,10 +99,10 @@ def data_shapes(
         "pair_weights": jnp.float32,
         "is_desirable": jnp.bool_,
         "mismatched_lengths": jnp.int32,
+    }
     known = {"prompts": array((size, prompt_width), jnp.int32)}
     known |= {key: array((size, width), dtype) for key, dtype in of_tokens.items()}
     known |= {key: array((size,), dtype) for key, dtype in of_rows.items()}
-    }
     for key in graph.inputs:
         if key not in known:
             raise ValueError(
