@@ -140,7 +140,7 @@ def graph(hp: GRPO) -> DataflowGraph:
     before = hp.infer(is_as_trained=True)
     reference = call("reference", hp.infer(), logprobs="ref_logprobs")
     return DataflowGraph(
-        rollout=call("policy", hp.generate()),
+        rollout=call("policy", hp.generate(), staleness=hp.staleness),
         reward=call(*hp.reward()),
         reference=reference if hp.kl_coef else None,
         advantages=call(None, estimate),

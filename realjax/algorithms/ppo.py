@@ -152,7 +152,7 @@ def graph(hp: PPO) -> DataflowGraph:
         **hp.steps(),
     )
     return DataflowGraph(
-        rollout=call("policy", hp.generate()),
+        rollout=call("policy", hp.generate(), staleness=hp.staleness),
         reward=call(*hp.reward()),
         reference=call("reference", hp.infer(), logprobs="ref_logprobs"),
         value=call("critic", infer(output="values")),

@@ -86,7 +86,7 @@ def graph(hp: RAFT) -> DataflowGraph:
         **hp.steps(),
     )
     return DataflowGraph(
-        rollout=call("policy", hp.generate()),
+        rollout=call("policy", hp.generate(), staleness=hp.staleness),
         reward=call(*hp.reward()),
         selection=call(None, select),
         train_policy=call("policy", train),

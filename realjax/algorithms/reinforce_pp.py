@@ -83,7 +83,7 @@ def graph(hp: ReinforcePlusPlus) -> DataflowGraph:
     )
     reads = ("completion_mask", "old_logprobs", "advantages", *proximal)
     return DataflowGraph(
-        rollout=call("policy", hp.generate()),
+        rollout=call("policy", hp.generate(), staleness=hp.staleness),
         reward=call(*hp.reward()),
         reference=reference if hp.kl_coef else None,
         advantages=call(None, estimate),

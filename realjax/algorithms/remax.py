@@ -84,8 +84,8 @@ def graph(hp: ReMax) -> DataflowGraph:
     )
     reads = ("completion_mask", "old_logprobs", "advantages")
     return DataflowGraph(
-        rollout=call("policy", hp.generate()),
-        baseline=call("policy", greedy, **of_greedy),
+        rollout=call("policy", hp.generate(), staleness=hp.staleness),
+        baseline=call("policy", greedy, staleness=hp.staleness, **of_greedy),
         reward=call(role, score),
         reward_baseline=call(role, score, **read, scores="greedy_scores"),
         reference=reference if hp.kl_coef else None,

@@ -77,7 +77,7 @@ def graph(hp: RLOO) -> DataflowGraph:
     reads = ("completion_mask", "old_logprobs", "advantages")
     train = hp.train(bind(policy_loss, hp=hp), reads)
     return DataflowGraph(
-        rollout=call("policy", hp.generate()),
+        rollout=call("policy", hp.generate(), staleness=hp.staleness),
         reward=call(*hp.reward()),
         reference=reference if hp.kl_coef else None,
         advantages=call(None, estimate),

@@ -47,6 +47,7 @@ class Loader:
         self._num_epochs, self._rows = num_epochs, rows
         self._position = 0  # records given out since the start of epoch 0
         self._orders: dict[int, np.ndarray] = {}
+        self._peeked: tuple[tuple[Batch, int, bool], int] | None = None
 
     def steps_for(self, epochs: int) -> int:
         """Batches that give out every record `epochs` times."""
@@ -59,6 +60,21 @@ class Loader:
             The batch, of static size; the epoch of its first record, counted from 0;
             whether the last record of an epoch is in it.
         """
+        found, self._position = self._read()
+        self._peeked = None
+        return found
+
+    def peek_batch(self) -> Batch:
+        """The batch that comes next, which stays the next one."""
+        return self._read()[0][0]
+
+    def _read(self) -> tuple[tuple[Batch, int, bool], int]:
+        """What `next_batch` gives out, read once, and where the loader is after it."""
+        if self._peeked is None:
+            self._peeked = self._read_next()
+        return self._peeked
+
+    def _read_next(self) -> tuple[tuple[Batch, int, bool], int]:
         size = len(self._dataset)
         start, stop = self._position, self._position + self._batch_size
         if self._num_epochs:
@@ -74,9 +90,8 @@ class Loader:
             here = epochs == epoch
             indices[here] = self._order(epoch)[places[here]]
         batch = self._dataset.batch(indices, epochs, rows=self._rows)
-        self._position = stop
         batch = batch.pad_to(self._batch_size * self._dataset.rows_per_record)
-        return batch, int(epochs[0]), stop // size > start // size
+        return (batch, int(epochs[0]), stop // size > start // size), stop
 
     def state(self) -> dict[str, int | str]:
         """What `restore` needs to continue with the next batch."""
@@ -100,7 +115,7 @@ class Loader:
                     f"{here!r}. Continue with the data, limits and seed of the "
                     "checkpoint, or start a new run."
                 )
-        self._position = int(state["position"])
+        self._position, self._peeked = int(state["position"]), None
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:

@@ -53,7 +53,7 @@ class Sizes:
         moving: pieces on their way, beside source and destination, by the same key.
         working: what a call needs while it runs, by its name.
         batch: keys of the batch that a call reads and writes, by its name. They stay
-            until the step ends.
+            until the step ends; what a call with staleness makes, for a step more.
         arriving: what a copy takes, beyond `copies`, until it is quantized.
         pools: keys and values of a call that generates, by its name; they stay from one
             step to the next.
@@ -204,6 +204,9 @@ class _Ledger:
         for name, size in sizes.pools.items():
             pool = self._held(plan.calls[name], f"pool of {name}", size)
             self.device["pool", name] = pool
+        for name in graph.stale_calls:
+            made = self._held(plan.calls[name], "batch", sizes.batch.get(name, 0))
+            self.device["waiting", name] = made
         resting = resting_on_host(graph, plan, sizes.streamed)
         for role in graph.roles:
             for part in parts_of(graph, role, sizes.streamed):
@@ -268,7 +271,7 @@ class _Ledger:
         return moment
 
     def end_step(self) -> None:
-        """Drop the batch."""
+        """Drop the batch, but for what waits for the next step."""
         for key in [key for key in self.device if key[0] == "batch"]:
             del self.device[key]
 

@@ -32,12 +32,17 @@ class Buffer:
         sends: how often each (key, layout) was sent; one, unless rows were repeated.
     """
 
-    def __init__(self, batch: Batch):
-        """Starts from a batch of the data set."""
+    def __init__(self, batch: Batch, traffic: Traffic | None = None):
+        """Starts from a batch of the data set.
+
+        Args:
+            batch: of the data set.
+            traffic: counts what moves; added to. None is a new one.
+        """
         self.ids, self.samples = batch.ids, batch.samples
         self.columns: Mapping[str, list] = batch.columns
         self.lengths = {"tokens": batch.lengths, "prompts": batch.lengths}
-        self.traffic = Traffic()
+        self.traffic = traffic or Traffic()
         self.sends: collections.Counter = collections.Counter()
         self._made: dict[str, Array | np.ndarray] = {
             key: value for key, value in batch.arrays.items() if value is not None
@@ -55,6 +60,15 @@ class Buffer:
     def __contains__(self, key: str) -> bool:
         """Whether a call or the data set has given `key`."""
         return key in self._made
+
+    def begin_step(self, traffic: Traffic) -> None:
+        """Goes on in another step than it was begun in.
+
+        Args:
+            traffic: counts what moves from now on; added to.
+        """
+        self.traffic, self._copies = traffic, {}
+        self.sends.clear()
 
     def put(self, key: str, value: Array | np.ndarray) -> None:
         """Adds what a call has made."""

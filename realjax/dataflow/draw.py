@@ -20,6 +20,8 @@ OTHER_COLOR = "#e45756"
 def graph_text(graph: DataflowGraph, plan: ExecutionPlan | None = None) -> str:
     """One line a call: role, function, allocation, what it reads and writes.
 
+    What a call with staleness writes is for the next step.
+
     Example:
         >>> from realjax.algorithms import sft
         >>> print(graph_text(sft.graph(sft.SFT())))
@@ -36,7 +38,8 @@ def graph_text(graph: DataflowGraph, plan: ExecutionPlan | None = None) -> str:
                 node.role or "-",
                 type(node.function).__name__,
                 f"({', '.join(node.reads)})"
-                + (f" -> {', '.join(node.writes)}" if node.writes else ""),
+                + (f" -> {', '.join(node.writes)}" if node.writes else "")
+                + ("  one step later" if node.staleness else ""),
             ]
             if place:
                 parts.insert(3, str(place.allocation))
@@ -46,6 +49,8 @@ def graph_text(graph: DataflowGraph, plan: ExecutionPlan | None = None) -> str:
 
 def graph_svg(graph: DataflowGraph, plan: ExecutionPlan | None = None) -> str:
     """The graph from left to right: boxes are calls, arrows the keys that join them.
+
+    Dashed arrows carry keys to the next step.
 
     Args:
         graph: to draw.
@@ -99,17 +104,21 @@ def _edge(graph: DataflowGraph, places: dict, name: str) -> str:
         x0, y0 = x0 + BOX_WIDTH, y0 + BOX_HEIGHT // 2
         bend, is_near = (x1 - x0) // 2, x1 - x0 < COLUMN
         color = "#999" if is_near else "#ddd"
+        later = ["one step later"] * (parent in graph.stale_calls)
         lines.append(
             f'<path d="M{x0} {y0} C{x0 + bend} {y0} {x1 - bend} {y1} {x1} {y1}" '
             f'fill="none" stroke="{color}" stroke-width="1.4" '
-            'marker-end="url(#tip)">'
-            f"<title>{html.escape(', '.join(keys))}</title></path>"
+            + ('stroke-dasharray="5 4" ' if later else "")
+            + 'marker-end="url(#tip)">'
+            f"<title>{html.escape(', '.join([*keys, *later]))}</title></path>"
         )
         if is_near:  # Room for words between neighbours only.
-            lines.append(
-                f'<text x="{(x0 + x1) // 2}" y="{(y0 + y1) // 2 - 6}" font-size="10" '
-                f'fill="#666" text-anchor="middle">{html.escape(_short(keys))}</text>'
-            )
+            x, y = (x0 + x1) // 2, (y0 + y1) // 2
+            lines += [
+                f'<text x="{x}" y="{y + below}" font-size="10" fill="#666" '
+                f'text-anchor="middle">{html.escape(words)}</text>'
+                for below, words in zip((-6, 13), [_short(keys), *later], strict=False)
+            ]
     return "\n".join(lines)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 
-from realjax.core.config import check_choice
 from realjax.functions.function import (
     Delivery,
     Follow,
@@ -35,7 +34,11 @@ class ModelFunctionCall:
 
     def __post_init__(self):
         """Refuses a staleness that a call like this cannot have."""
-        check_choice("staleness", self.staleness, (0, 1))
+        if self.staleness not in (0, 1):
+            raise ValueError(
+                f"staleness is {self.staleness}. It is 0, strictly on-policy, or 1, a "
+                "step ahead."
+            )
         if not self.staleness:
             return
         kind = type(self.function).__name__

@@ -16,6 +16,18 @@ keeps waits in host memory between calls where an allocation says `+offload`.
 Steps are issued in this order by one thread and do not wait for each other, except
 through what they read. So a copy is issued as early as what it reads is there and the
 memory of its devices allows, before the calls that it overlaps.
+
+A call with staleness 1 works for the next step. Where its role is trained on other
+devices, it is issued last, so that it runs beside the training, with a copy made before
+that:
+
+    Run reward, reference, …          of step k
+    Move policy → t4@0-3              as it is before step k trains it
+    Run train_policy                  of step k, on devices 4 to 7
+    Run rollout                       of step k + 1, on devices 0 to 3
+    Release policy t4@0-3
+
+Where they share devices nothing can be beside, and it runs first, as in its own step.
 """
 
 import dataclasses
@@ -187,6 +199,48 @@ def parts_of(graph: DataflowGraph, role: str, streamed: Collection[str]) -> set[
     return {"parameters"}
 
 
+def issued(
+    graph: DataflowGraph, plan: ExecutionPlan, *, is_training: bool = True
+) -> list[str]:
+    """Call names in the order in which a step issues them.
+
+    Those that run a step ahead come last, if they run beside what changes their role.
+    Of no training is a pass in which everything is of its own step.
+
+    Args:
+        graph: of the algorithm.
+        plan: allocations.
+        is_training: False for a pass that changes no role.
+    """
+    names = graph.order()
+    last = [name for name in names if is_training and is_beside(graph, plan, name)]
+    return [name for name in names if name not in last] + last
+
+
+def is_beside(graph: DataflowGraph, plan: ExecutionPlan, name: str) -> bool:
+    """Whether a call runs a step ahead, apart from the devices that train its role.
+
+    Args:
+        graph: of the algorithm.
+        plan: allocations.
+        name: of the call.
+    """
+    node = graph.calls[name]
+    if not node.staleness:
+        return False
+    changing = changing_call(graph, node.role)
+    if changing is None:
+        return True
+    own = set(plan.calls[name].allocation.devices)
+    return own.isdisjoint(plan.calls[changing].allocation.devices)
+
+
+def changing_call(graph: DataflowGraph, role: str | None) -> str | None:
+    """The call that changes a role; None where none does."""
+    names = (n for n, c in graph.calls.items() if c.role == role and c.changes_role)
+    return next(names, None)
+
+
 def resting_on_host(
     graph: DataflowGraph, plan: ExecutionPlan, streamed: Collection[str] = ()
 ) -> frozenset[tuple[str, Part]]:
@@ -245,7 +299,7 @@ class _Walk:
         self.homes = home_places(graph, plan, dtypes)
         self.order = [
             name
-            for name in graph.order()
+            for name in issued(graph, plan, is_training=is_training)
             if name not in without
             and (is_training or not graph.calls[name].is_following)
         ]
@@ -260,6 +314,7 @@ class _Walk:
         self.versions = dict.fromkeys(graph.roles, 0)
         self.steps: list[Step] = []
         for index, name in enumerate(self.order):
+            self._copy_before(index, name)
             self._call(index, name)
         for role in graph.roles:
             self._offload(role, keep=self.at_rest)
@@ -267,6 +322,27 @@ class _Walk:
             for part in sorted(parts_of(graph, role, streamed)):
                 if (role, part) in self.at_rest:
                     self._reload(role, part)
+
+    def _copy_before(self, index: int, changing: str) -> None:
+        """Copies for calls that still read a role as it is before a call changes it."""
+        node = self.graph.calls[changing]
+        for name in self.order[index + 1 :]:
+            if not (node.changes_role and self.is_training):
+                break
+            other = self.graph.calls[name]
+            if other.staleness and other.role == node.role:
+                self._copy(name)
+
+    def _copy(self, name: str) -> None:
+        """A copy for a call elsewhere, unless it is there."""
+        role = self.graph.calls[name].role
+        place = place_of(self.graph, self.plan, self.dtypes, name)
+        copy = (role, place.key)
+        if place.key == self.homes[role].key or copy in self.copies:
+            return
+        self._reload(role, "parameters")
+        self.steps.append(Move(role, place, self.versions[role]))
+        self.copies.add(copy)
 
     def _call(self, index: int, name: str) -> None:
         node = self.graph.calls[name]
@@ -282,17 +358,17 @@ class _Walk:
             self._reads_home(reader, role) for reader in (*later[:1], *followers)
         )
         copy = (role, place.key)
-        if is_home or copy not in self.copies:
+        if is_home:
             for reader in (role, *_sources(node)):
                 self._reload(reader, "parameters")
             if node.is_training and self.is_training and role not in self.streamed:
                 self._reload(role, "optimizer")
-        if not is_home and copy not in self.copies:
-            self.steps.append(Move(role, place, self.versions[role]))
-            self.copies.add(copy)
+        self._copy(name)
         if offloads and not is_home:
             self._offload(role)
-        self.steps.append(Run(name, self.versions[role]))
+        # One that runs a step ahead reads what its role was when the step began.
+        version = 0 if node.staleness else self.versions[role]
+        self.steps.append(Run(name, version))
         if node.changes_role and self.is_training:
             self.versions[role] += 1
         if not is_home and not any(self._place_key(n) == copy for n in later):

@@ -213,7 +213,8 @@ def _index(space: Space, name: str) -> int:
 def _rows_of(space: Space, work: Work, name: str) -> int:
     """Return the sequences of a call: those of a batch, and the completions of each."""
     rows = work.num_rows
-    for other in space.names[: space.names.index(name) + 1]:
+    order = space.graph.order()
+    for other in order[: order.index(name) + 1]:
         function = space.graph.calls[other].function
         if isinstance(function, Generate):
             rows *= function.completions_per_prompt

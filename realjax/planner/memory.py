@@ -208,7 +208,8 @@ class CallBytes:
         working: while it runs, beside parameters.
         temporary: of that, what one of its programs takes beside what it is given.
         pool: keys and values that stay, of a call that generates.
-        batch: keys of the batch that it reads and writes.
+        batch: keys of the batch that it reads and writes; those of two steps where it
+            runs a step ahead.
     """
 
     parameters: int = 0
@@ -240,6 +241,7 @@ def call_bytes(
     """
     node, allocation = graph.calls[name], plan.calls[name].allocation
     batch = _batch_bytes(graph, name, roles, num_rows, work, allocation)
+    batch *= 1 + node.staleness
     if node.role is None:
         return CallBytes(batch=batch)
     role = _fitted(roles[node.role], allocation)

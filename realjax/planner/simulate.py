@@ -18,6 +18,12 @@ smaller range is within.
 
 Steps follow each other without a pause; the seconds of one are those between the ends
 of two steps in a row, once the first ones are over.
+
+A call that runs a step ahead comes last in the order, and what it makes is read in the
+step after. It reads parameters as they are when its step begins, so it runs beside the
+call that changes them, where that has other devices; where it has not, such a call
+waits for all others, as the thread that issues them does. As that thread waits for
+what was drawn, too, such steps do not begin before all of the last one has ended.
 """
 
 import functools
@@ -80,7 +86,9 @@ class Problem(NamedTuple):
 
     Attributes:
         options: of the calls, in the order in which they are issued.
-        reads: whether call i reads what call j < i writes.
+        reads: whether call i reads what call j writes: in the same step where j < i,
+            else in the step before.
+        is_ahead: whether a call runs a step ahead.
         home: for each call the one where its role's parameters live; itself if there.
         casts: whether a call needs them in another type than they have there.
         shares: whether call i can take the copy that call j < i had, if it lies as
@@ -96,6 +104,7 @@ class Problem(NamedTuple):
 
     options: Options
     reads: Bool[Array, "C C"]
+    is_ahead: Bool[Array, "C"]
     home: Int[Array, "C"]
     casts: Bool[Array, "C"]
     shares: Bool[Array, "C C"]
@@ -189,6 +198,8 @@ class _Chosen(NamedTuple):
         options: of each call.
         home: of the call where its role's parameters live.
         meets: whether calls i and j share a device, or wait for each other anyhow.
+        beside: whether a call runs a step ahead and shares no device with another call
+            that its role lives at.
         makes: whether a call gets a copy of its own.
         last: the last call that uses the copy which a call made.
     """
@@ -196,6 +207,7 @@ class _Chosen(NamedTuple):
     options: Options
     home: Options
     meets: Bool[Array, "C C P"]
+    beside: Bool[Array, "C P"]
     makes: Bool[Array, "C P"]
     last: Int[Array, "C P"]
 
@@ -213,11 +225,13 @@ def _choose(problem: Problem, plans: Int[Array, "C P"]) -> _Chosen:
     is_there = is_same[calls, problem.home] & ~problem.casts[:, None]
     needs = ~is_there & (calls != problem.home)[:, None]
     takes = problem.shares[:, :, None] & is_same & needs[:, None]
+    shares_home = meets[calls, problem.home] & (calls != problem.home)[:, None]
     last = jnp.where(takes, calls[:, None, None], calls[None, :, None]).max(0)
     return _Chosen(
         options=options,
         home=home,
         meets=meets | problem.is_serial,
+        beside=problem.is_ahead[:, None] & ~shares_home,
         makes=needs & ~takes.any(1),
         last=last,
     )
@@ -241,8 +255,12 @@ def _clock(
     # A copy takes the devices of both ends, and waits for what is issued for them.
     touches = meets | meets[problem.home]
     touched, joins = touches.swapaxes(0, 1), touches | touches[:, problem.home]
-    waits = problem.reads[:, :, None] | meets
-    makes_early, makes_late = makes & is_early[None], makes & ~is_early[None]
+    later = jnp.triu(problem.reads)[:, :, None]
+    is_alone = problem.is_ahead[:, None] & ~chosen.beside
+    waits = problem.reads[:, :, None] | meets | is_alone[:, None]
+    # What is trained meanwhile must be copied before.
+    begins_early = is_early[None] | chosen.beside
+    makes_early, makes_late = makes & begins_early, makes & ~begins_early
 
     latest = lambda mask, times: jnp.where(mask, times[None], 0.0).max(1)
 
@@ -252,8 +270,11 @@ def _clock(
         # What the step before leaves free, and what of its role a call has at hand.
         free = jnp.maximum(latest(meets, ends), ends[problem.home])
         free = jnp.maximum(free, latest(touched, ends_of_copies))
+        free = jnp.maximum(free, latest(later, ends))
         both_free = latest(touches, ends)
         both_free = jnp.maximum(both_free, latest(joins, ends_of_copies))
+        pause = jnp.where(problem.is_ahead.any(), stop, 0.0)[None]
+        free, both_free = jnp.maximum(free, pause), jnp.maximum(both_free, pause)
         at_hand = changed[problem.home] + reload
         copied: list[Array] = []
         for i in range(count):
@@ -337,12 +358,14 @@ def _memory(problem: Problem, chosen: _Chosen, is_early: bool) -> Float[Array, "
     working = jnp.where(around, options.working_bytes[None], 0.0)
     copying = jnp.where(around[:, problem.home], parked[None], 0.0)
     of_copies = jnp.where(around, made[None], 0.0)
+    calls = jnp.arange(count)[:, None]
+    first = jnp.where(chosen.beside, problem.home[:, None], calls)
     most = jnp.zeros_like(static[0])
     for moment in range(count):
         # Copies that are there while this call runs.
         is_there = chosen.last >= moment
         if not is_early:
-            is_there &= (jnp.arange(count) <= moment)[:, None]
+            is_there &= first <= moment
         held = static + jnp.where(is_there[None], of_copies, 0.0).sum(1)
         held += jnp.maximum(working[:, moment], copying[:, moment])
         most = jnp.maximum(most, held.max(0))

@@ -38,7 +38,8 @@ class Space:
 
     Attributes:
         graph: of the algorithm.
-        names: of the calls that have allocations of their own, in order.
+        names: of the calls that have allocations of their own, in the order in which
+            they are issued.
         options: of each, as many as `problem` has numbers for.
         problem: what `simulate.price` takes.
         homes: the call where each role's parameters live, by role.
@@ -154,9 +155,10 @@ def make_space(
         wishes=wishes or {},
     )
     names = [name for name in graph.order() if graph.calls[name].role is not None]
+    ahead = [name for name in names if graph.calls[name].staleness]
     homes = {role: _home(graph, role, names) for role in graph.roles}
     everywhere, limit = ranges(cluster, rules), cluster.device.memory_bytes
-    found, num_rows = [], work.num_rows
+    of_calls, num_rows = {}, work.num_rows
     for name in names:
         node = graph.calls[name]
         if isinstance(node.function, Generate):
@@ -182,7 +184,9 @@ def make_space(
         }
         if not any(fitting.values()):
             raise ValueError(_nowhere(name, node, by_size, cluster))
-        found.append(CallOptions(places=places, shapes=fitting))
+        of_calls[name] = CallOptions(places=places, shapes=fitting)
+    names = [name for name in names if name not in ahead] + ahead  # As issued.
+    found = [of_calls[name] for name in names]
     problem = _problem(graph, roles, names, homes, found, cluster, coefficients)
     return Space(
         graph=graph,
@@ -282,6 +286,7 @@ def _problem(
         for parent in _ancestors(graph, name):
             if parent in index:
                 reads[index[name], index[parent]] = True
+    is_ahead = [bool(graph.calls[name].staleness) for name in names]
     home = [index[homes[_role(graph, name)]] for name in names]
     dtypes = [_dtype(graph, roles, name) for name in names]
     home_dtypes = [
@@ -294,10 +299,14 @@ def _problem(
             and dtypes[i] == dtypes[j]
             and _role(graph, names[i]) == _role(graph, names[j])
             and j not in home
-            and not any(
-                graph.calls[name].changes_role
-                and _role(graph, name) == _role(graph, names[i])
-                for name in names[j:i]
+            and (
+                # It reads what was there before any change.
+                is_ahead[i]
+                or not any(
+                    graph.calls[name].changes_role
+                    and _role(graph, name) == _role(graph, names[i])
+                    for name in names[j:i]
+                )
             )
             for j in range(len(names))
         ]
@@ -309,6 +318,7 @@ def _problem(
     return Problem(
         options=table(found),
         reads=jnp.asarray(reads),
+        is_ahead=jnp.asarray(is_ahead),
         home=jnp.asarray(home),
         casts=jnp.asarray(casts),
         shares=jnp.asarray(shares),

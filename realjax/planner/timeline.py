@@ -167,7 +167,10 @@ def plan_timeline(space: Space, plan: Sequence[int], account: Account) -> PlanTi
             for index, group in enumerate(account.groups)
         ),
         limit_bytes=account.limit_bytes,
-        details={name: str(allocation) for name, allocation in chosen.items()},
+        details={
+            name: f"{allocation}" + ", a step ahead" * calls[name].staleness
+            for name, allocation in chosen.items()
+        },
         colors={n: COLORS.get(calls[n].role, OTHER_COLOR) for n in space.names},
         strong=frozenset(
             name for name in space.names if isinstance(calls[name].function, Train)

@@ -8,6 +8,8 @@ Dispatch is asynchronous: calls on disjoint meshes overlap, and so do copies. Th
 waits in two places only, for the lengths of completions (they decide the packing) and
 for text. Every process of a run goes through the same schedule; a call runs in those
 that have a device of its mesh.
+
+With staleness 1 a training step also draws for the step after it; see `ahead`.
 """
 
 import functools
@@ -27,6 +29,7 @@ from realjax.functions.role import Role
 from realjax.planner.memory import streamed_roles
 from realjax.realloc.transfer import Traffic
 from realjax.rollout.session import OnProgress
+from realjax.runtime.ahead import Ahead
 from realjax.runtime.calls import Calls, Pass
 from realjax.runtime.measures import Metrics
 from realjax.runtime.parameters import ParameterStore
@@ -41,6 +44,7 @@ class Executor:
         store: parameters and optimizer states of every role.
         programs: compiled functions of the calls.
         calls: runs one call; holds states of transforms.
+        ahead: keeps what was drawn for the next step.
         watch: observes when each call began and ended.
         traffic: bytes of parameters moved by the last step, by route.
         batch_traffic: the same of batch keys.
@@ -85,6 +89,7 @@ class Executor:
             graph, plan, roles, optimizer_steps=optimizer_steps, seed=seed, width=width
         )
         self.calls = Calls(self.programs, store, self.watch, tokenizer)
+        self.ahead = Ahead(self.calls)
         functions = {name: node.function for name, node in graph.calls.items()}
         generates = any(isinstance(f, Generate) for f in functions.values())
         trains = [name for name, f in functions.items() if isinstance(f, Train)]
@@ -97,6 +102,11 @@ class Executor:
             fits=fits,
         )
         self.steps = make()
+        stale = graph.stale_calls
+        others = [name for name in graph.calls if name not in stale]
+        # A first step's own rollout has no step before it, and a last one no next.
+        self.first_steps = make(is_training=False, without=others) if stale else []
+        self.last_steps = make(without=stale) if stale else self.steps
         # Losses of completions drawn just now say nothing: every ratio is 1.
         self.evaluation_steps = make(
             is_training=False, without=trains if generates else ()
@@ -113,6 +123,7 @@ class Executor:
         *,
         step: int,
         training: bool = True,
+        ahead: Batch | None = None,
         on_progress: OnProgress | None = None,
     ) -> tuple[Metrics, Buffer]:
         """One pass through the graph.
@@ -122,17 +133,23 @@ class Executor:
             step: number of the step; draws depend on it.
             training: False changes nothing; the losses of training calls are measured
                 where the data set holds the completions.
+            ahead: the batch of the next step, for calls that run a step ahead; None
+                draws nothing for it, as in the last step.
             on_progress: told how far generation is.
 
         Returns:
             Metrics, most still being computed, and everything the calls made. In a run
             of several processes each has the metrics of the calls it ran.
+
+        Raises:
+            ValueError: what waits was drawn for another step, or there is a batch
+                ahead and no call runs ahead.
+            VersionError: a call would see other parameters than the graph says.
         """
-        buffer, metrics = Buffer(batch), {}
-        self.traffic, self.batch_traffic = Traffic(), buffer.traffic
-        passing = Pass(
-            buffer=buffer,
-            step=step,
+        self.traffic, self.batch_traffic = Traffic(), Traffic()
+        self.store.begin_step()
+        passing = functools.partial(
+            Pass,
             traffic=self.traffic,
             is_training=training,
             versions={
@@ -142,18 +159,72 @@ class Executor:
             },
             on_progress=on_progress,
         )
-        self.store.begin_step()
-        for task in self.steps if training else self.evaluation_steps:
-            if isinstance(task, schedule_lib.Run):
-                metrics |= self.calls.run(task.call, task.version, passing)
-                if self.after_call is not None:
-                    self.watch.wait()
-                    self.after_call(task.call)
-            else:
-                self._copy(task, step)
+        if training and self.ahead.names:
+            metrics, buffer = self._run_ahead(batch, ahead, step, passing)
+        elif ahead is None:
+            buffer = Buffer(batch, self.batch_traffic)
+            steps = self.steps if training else self.evaluation_steps
+            metrics = self._issue(steps, passing(buffer=buffer, step=step))
+        else:
+            raise ValueError(
+                "There is a batch for the next step, and no call of this pass runs a "
+                "step ahead. Give `ahead` to training steps of a graph with staleness "
+                "1 only."
+            )
         for key, count in buffer.sends.items():
             self.sends[key] = max(count, self.sends.get(key, 0))
         return metrics, buffer
+
+    def _run_ahead(
+        self, batch: Batch, ahead: Batch | None, step: int, passing: Callable[..., Pass]
+    ) -> tuple[Metrics, Buffer]:
+        """Trains on what the step before has drawn; draws for the next step."""
+        drawn = self.ahead.take(batch, step, self.batch_traffic)
+        if drawn is None:
+            drawn = self.ahead.begin(batch, step, self.batch_traffic)
+            first = passing(buffer=drawn.buffer, step=step)
+            drawn.metrics.update(self._issue(self.first_steps, first))
+        metrics = dict(drawn.metrics)
+        metrics["completions/staleness"] = [self.ahead.staleness(drawn)]
+        this = passing(buffer=drawn.buffer, step=step)
+        if ahead is None:
+            return metrics | self._issue(self.last_steps, this), drawn.buffer
+        waiting = self.ahead.begin(ahead, step + 1, self.batch_traffic)
+        later = passing(buffer=waiting.buffer, step=step + 1)
+        metrics |= self._issue(self.steps, this, (later, waiting.metrics))
+        self.ahead.waiting = waiting
+        return metrics, drawn.buffer
+
+    def _issue(
+        self,
+        steps: Sequence[schedule_lib.Step],
+        passing: Pass,
+        later: tuple[Pass, Metrics] | None = None,
+    ) -> Metrics:
+        """Goes through a schedule.
+
+        Args:
+            steps: of the schedule.
+            passing: the pass that calls are part of.
+            later: that of the next step, for calls that run a step ahead, and their
+                metrics, which are added to.
+
+        Returns:
+            Metrics of the other calls.
+        """
+        metrics: Metrics = {}
+        for task in steps:
+            if not isinstance(task, schedule_lib.Run):
+                self._copy(task, passing.step)
+                continue
+            where, found = passing, metrics
+            if later is not None and self.graph.calls[task.call].staleness:
+                where, found = later
+            found.update(self.calls.run(task.call, task.version, where))
+            if self.after_call is not None:
+                self.watch.wait()
+                self.after_call(task.call)
+        return metrics
 
     def _copy(self, task: schedule_lib.Step, step: int) -> None:
         """Moves parameters, or drops copies of them."""

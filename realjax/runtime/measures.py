@@ -50,11 +50,11 @@ def completion_metrics(
     }
 
 
-def call_seconds(events: Iterable[Event], step: int) -> dict[str, float]:
-    """Seconds of each call in a step, all its portions together."""
+def call_seconds(events: Iterable[Event]) -> dict[str, float]:
+    """Seconds of each call, all its portions together."""
     seconds: dict[str, float] = {}
     for event in events:
-        if event.kind in ("call", "host") and event.step == step:
+        if event.kind in ("call", "host"):
             name = f"timing_s/{event.name}"
             seconds[name] = seconds.get(name, 0.0) + event.seconds
     return seconds

@@ -211,6 +211,10 @@ class ParameterStore:
         for kept in self._kept.values():
             kept.step_version = kept.version
 
+    def version(self, role: str) -> int:
+        """How often the role was changed since the store was made."""
+        return self._kept[role].version
+
     def get(self, role: str, place: Place, version: int) -> PyTree:
         """The role's parameters at a place they have been moved to.
 

@@ -15,14 +15,13 @@ import jax
 import numpy as np
 
 from realjax.core import metrics as metrics_lib
-from realjax.core.arrays import PyTree
 from realjax.core.timing import Rate
 from realjax.data.loader import Loader
 from realjax.dataflow.draw import graph_svg
 from realjax.functions.function import Generate
 from realjax.models import hf
 from realjax.realloc.links import check_links
-from realjax.runtime import cluster, named_arrays, report
+from realjax.runtime import cluster, report, resuming
 from realjax.runtime.agreement import Agreement
 from realjax.runtime.checkpoint import Checkpointer
 from realjax.runtime.console import Console
@@ -143,15 +142,15 @@ class Trainer:
             fits=fits_function(run),
         )
         opened.callback(self.executor.close)
-        num_rows = config.data.batch_size * run.train_data.rows_per_record
-        self.executor.calls.generating.prepare(num_rows)
+        self._num_rows = config.data.batch_size * run.train_data.rows_per_record
+        self.executor.calls.generating.prepare(self._num_rows)
         self.loader = Loader(
             run.train_data,
             batch_size=config.data.batch_size,
             seed=config.seed,
             shuffle=config.data.shuffle,
             num_epochs=0 if config.steps else config.epochs,
-            rows=self.executor.calls.rows_here(num_rows),
+            rows=self.executor.calls.rows_here(self._num_rows),
         )
         store = self.executor.store
         for role in run.graph.trained_roles:
@@ -161,7 +160,7 @@ class Trainer:
         self._restore()
         # Devices of a CPU have no links: their copies are within one memory.
         if config.check_links and jax.default_backend() != "cpu":
-            check_links(plan_links(self.executor, num_rows, run.width))
+            check_links(plan_links(self.executor, self._num_rows, run.width))
         self._first_step = self.step
         self.metrics = self._metrics_writers()
         opened.callback(self.metrics.close)
@@ -217,9 +216,14 @@ class Trainer:
         begin = time.perf_counter()
         batch, epoch, is_epoch_end = self.loader.next_batch()
         step, watch = self.step + 1, self.executor.watch
+        has_next = bool(self.run.graph.stale_calls) and step < self.run.steps
+        ahead = self.loader.peek_batch() if has_next else None
+        watch.timeline.take()  # An evaluation's calls are not of this step.
         bar = self.console.rollout_progress()
         with self.profiler.step(step, self.executor), bar as on_progress:
-            found, buffer = self.executor.run(batch, step=step, on_progress=on_progress)
+            found, buffer = self.executor.run(
+                batch, step=step, ahead=ahead, on_progress=on_progress
+            )
             own = to_numbers(found)
             watch.wait()
         # A save has had this step's time. Were it still under way when later steps are
@@ -227,7 +231,7 @@ class Trainer:
         self.checkpointer.wait()
         self.step = step
         own |= self._performance(buffer, time.perf_counter() - begin)
-        own |= call_seconds(watch.timeline.take(), step) | self.predictions.numbers
+        own |= call_seconds(watch.timeline.take()) | self.predictions.numbers
         numbers = self._agree(own)
         for text in self.predictions.observe(numbers):
             self.console.print(text)
@@ -327,15 +331,6 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------
 
-    def _state(self) -> dict[str, PyTree]:
-        store = self.executor.store
-        states = {
-            role: store.saved_state(role) for role in self.run.graph.changed_roles
-        }
-        return states | {
-            f"state_{name}": state for name, state in self.executor.calls.states.items()
-        }
-
     def _save(self, *, export: bool = True) -> None:
         """Everything the run needs to go on; written while the next step runs.
 
@@ -347,13 +342,13 @@ class Trainer:
             self._export()
         self.checkpointer.save(
             self.step,
-            self._state(),
+            resuming.saved_arrays(self.executor),
             {
                 "loader": self.loader.state(),
                 "num_nonfinite": self.num_nonfinite,
                 "plan": self.run.plan.as_dict(),
                 "samples": self.samples,
-                "carried": self.executor.calls.generating.notes,
+                **resuming.saved_notes(self.executor),
             },
         )
         if has_export and not is_last:
@@ -364,19 +359,11 @@ class Trainer:
         """The last complete checkpoint, on whatever allocation this run has."""
         if not self.checkpointer.steps():
             return
-        shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-        abstract = jax.tree.map(shape, self._state())
-        store, roles = self.executor.store, self.run.graph.changed_roles
-        real = store.real_shapes(named_arrays.flatten(abstract))
-        store.forget(roles)  # Beside what is restored, it might not fit.
-        found = self.checkpointer.restore_latest(abstract, real=real)
-        for role in roles:
-            store.restore(role, found.arrays[role])
-        calls = self.executor.calls
-        states = {name: found.arrays[f"state_{name}"] for name in calls.states}
-        calls.restore(states, found.metadata.get("carried", {}))
+
+        found = resuming.restore(
+            self.executor, self.checkpointer, self.loader, num_prompts=self._num_rows
+        )
         self.step = found.step
-        self.loader.restore(found.metadata["loader"])
         self.num_nonfinite = found.metadata["num_nonfinite"]
         self.samples = found.metadata["samples"]
         self.console.print(f"resumed from the checkpoint of step {self.step}")

@@ -165,3 +165,20 @@ def test_a_batch_size_of_zero_is_refused(dataset_of):
         Loader(dataset_of(3), batch_size=0, seed=0)
     with pytest.raises(ValueError, match="`batch_size` is 0"):
         next(evaluation_batches(dataset_of(3), 0))
+
+
+def test_a_batch_that_is_looked_at_stays_the_next_one(dataset_of):
+    dataset = dataset_of(10)
+    plain = ids_of(Loader(dataset, batch_size=4, seed=3), 4)
+    loader = Loader(dataset, batch_size=4, seed=3)
+    before = dataset.num_rows_read
+    for ids in plain:
+        state = loader.state()
+        assert loader.peek_batch().ids.tolist() == ids
+        assert loader.state() == state
+        assert loader.next_batch()[0].ids.tolist() == ids
+    # It is not read twice.
+    assert dataset.num_rows_read == before + 16
+    loader.peek_batch()
+    loader.restore(state)
+    assert loader.next_batch()[0].ids.tolist() == plain[-1]

@@ -13,7 +13,7 @@ import pytest
 from realjax.core.metrics import read_metrics
 from realjax.models import hf
 from realjax.parallel.allocation import Allocation
-from realjax.runtime import named_arrays
+from realjax.runtime import named_arrays, resuming
 from realjax.runtime.checkpoint import Checkpointer
 from realjax.runtime.console import Console
 from realjax.runtime.run import prepare
@@ -174,7 +174,7 @@ def halfway(world, whole, tmp_path):
 
 def arrays_of(trainer):
     """Everything that the trainer would save now, by its path."""
-    leaves = named_arrays.flatten(trainer._state())
+    leaves = named_arrays.flatten(resuming.saved_arrays(trainer.executor))
     return {name: np.asarray(leaf) for name, leaf in leaves.items()}
 
 

@@ -34,10 +34,11 @@ def roles_of(graph, **changes):
 
 
 @functools.cache
-def space_of(cluster, algorithm=ppo, rules=None, memory=None, **changes):
+def space_of(cluster, algorithm=ppo, rules=None, memory=None, staleness=0, **changes):
     """Return the plans of an algorithm on a preset with some bytes of memory."""
+    sampling = Sampling(max_new_tokens=256)
     graph = algorithm.graph(
-        ppo.PPO(sampling=Sampling(max_new_tokens=256), minibatches=4)
+        ppo.PPO(sampling=sampling, minibatches=4, staleness=staleness)
         if algorithm is ppo
         else algorithm.HYPERPARAMETERS()
     )

@@ -15,7 +15,9 @@ from realjax.realloc.routes import route
 NUM_DEVICES, NODE = 8, 4
 
 
-def problem(generator, num_calls, num_options, *, memory=3.0, is_serial=False):
+def problem(
+    generator, num_calls, num_options, *, memory=3.0, is_serial=False, num_ahead=0
+):
     shape = (num_calls, num_options)
     power = generator.integers(0, 4, shape)
     size = 2**power
@@ -45,9 +47,15 @@ def problem(generator, num_calls, num_options, *, memory=3.0, is_serial=False):
     lower = lambda: np.tril(generator.random((num_calls, num_calls)) < 0.4, -1)
     shares = lower() & (np.array(home)[:, None] == home)
     shares &= (np.arange(num_calls) != home)[None]
+    is_ahead = np.arange(num_calls) >= num_calls - num_ahead
+    reads = lower()
+    # What comes last is made for the step after, and reads nothing of its own.
+    reads |= (generator.random(reads.shape) < 0.4) & is_ahead[None]
+    reads &= ~is_ahead[:, None]
     return Problem(
         options=options,
-        reads=jnp.asarray(lower()),
+        reads=jnp.asarray(reads),
+        is_ahead=jnp.asarray(is_ahead),
         home=jnp.asarray(home),
         casts=jnp.asarray(generator.random(num_calls) < 0.5),
         shares=jnp.asarray(shares),
@@ -76,6 +84,10 @@ class Machine:
         self.places = [
             set(range(a, a + n))
             for a, n in zip(self.of.start, self.of.size, strict=True)
+        ]
+        self.beside = [
+            one.is_ahead[call] and (call == h or not self.places[call] & self.places[h])
+            for call, h in enumerate(self.home)
         ]
         lies = list(zip(*self.of[:6], strict=True))
         work = copy_work(
@@ -110,6 +122,8 @@ class Machine:
 
     def memory(self, is_early):
         most = 0.0
+        # A copy for a call beside the training of its role is made before that.
+        first = [self.home[c] if self.beside[c] else c for c in range(self.count)]
         for moment in range(self.count):
             for device in range(NUM_DEVICES):
                 here = lambda call, device=device: device in self.places[call]
@@ -119,7 +133,9 @@ class Machine:
                 held += sum(
                     self.of.copy_bytes[c]
                     for c in self.copies
-                    if here(c) and moment <= self.last[c] and (is_early or c <= moment)
+                    if here(c)
+                    and moment <= self.last[c]
+                    and (is_early or first[c] <= moment)
                 )
                 working = self.of.working_bytes[moment] if here(moment) else 0.0
                 copying = 0.0
@@ -141,6 +157,8 @@ class Machine:
             return 0.0
 
         for _ in range(STEPS):
+            if self.one.is_ahead.any():
+                free[:] = np.maximum(free, ends.max())
             changed = ends + self.of.offload_seconds
             new, copied = np.zeros(self.count), np.zeros(self.count)
 
@@ -158,16 +176,23 @@ class Machine:
                     free[device] = end
                 return end
 
-            for call in self.copies if is_early else ():
+            early = [call for call in self.copies if is_early or self.beside[call]]
+            for call in early:
                 both = {call, self.home[call]}
                 ready = changed[self.home[call]] + reload(call)
                 copied[call] = take(both, ready, self.copies[call])
             for call in range(self.count):
                 both = {call, self.home[call]}
                 issued = free_for(both) + reload(call)
-                if call in self.copies and not is_early:
+                if call in self.copies and call not in early:
                     copied[call] = take(both, issued, self.copies[call])
-                parents = [new[p] for p in range(call) if self.one.reads[call, p]]
+                is_alone = self.one.is_ahead[call] and not self.beside[call]
+                parents = [
+                    new[p] for p in range(call) if self.one.reads[call, p] or is_alone
+                ]
+                parents += [
+                    ends[p] for p in range(call, self.count) if self.one.reads[call, p]
+                ]
                 ready = max([*parents, ends[self.home[call]], copied[call]])
                 if call == self.home[call]:
                     at_hand = changed[call] + reload(call)
@@ -178,13 +203,20 @@ class Machine:
         return ended
 
 
-@pytest.mark.parametrize("num_calls", [1, 3, 6])
+@pytest.mark.parametrize(("num_calls", "num_ahead"), [(1, 0), (3, 0), (6, 0), (6, 2)])
 @pytest.mark.parametrize("is_serial", [False, True])
-def test_prices_are_those_of_a_simulation_device_by_device(num_calls, is_serial):
+def test_prices_are_those_of_a_simulation_device_by_device(
+    num_calls, num_ahead, is_serial
+):
     generator = np.random.default_rng(num_calls)
     # So that about half of the plans have room for copies from the beginning.
     memory = 0.6 * num_calls
-    one = problem(generator, num_calls, 12, memory=memory, is_serial=is_serial)
+    one = problem(
+        *(generator, num_calls, 12),
+        memory=memory,
+        is_serial=is_serial,
+        num_ahead=num_ahead,
+    )
     plans = generator.integers(0, 12, (60, num_calls))
     found = price(one, jnp.asarray(plans))
     for index, plan in enumerate(plans):
@@ -222,6 +254,7 @@ def calls_apart(places, reads=False):
     return Problem(
         options=options,
         reads=jnp.asarray([[False, False], [reads, False]]),
+        is_ahead=jnp.asarray([False, False]),
         home=jnp.asarray([0, 1]),
         casts=jnp.asarray([False, False]),
         shares=jnp.zeros((2, 2), bool),
@@ -258,6 +291,42 @@ def test_steps_follow_each_other_without_a_pause():
     # The second reads from the first, and the first of the next step runs beside it.
     one = calls_apart([(0, 4), (4, 4)], reads=True)
     assert price(one, jnp.zeros((1, 2), jnp.int32)).seconds[0] == 2
+
+
+def trained_ahead(places):
+    """A training of one second, and a rollout of two that it reads a step later."""
+    one = calls_apart(places)
+    return one._replace(
+        reads=jnp.asarray([[False, True], [False, False]]),
+        is_ahead=jnp.asarray([False, True]),
+        home=jnp.asarray([0, 0]),
+        casts=jnp.asarray([False, True]),
+    )
+
+
+def test_a_rollout_a_step_ahead_runs_beside_the_training_and_else_in_turn():
+    plan = jnp.zeros((1, 2), jnp.int32)
+    apart = price(trained_ahead([(0, 4), (4, 4)]), plan)
+    assert apart.seconds[0] == 2
+    assert apart.begin[0].tolist() == [0, 0]
+    together = price(trained_ahead([(0, 8), (0, 8)]), plan)
+    assert together.seconds[0] == 3
+    # On some of the training's devices it could not begin before, either.
+    within = price(trained_ahead([(0, 8), (4, 4)]), plan)
+    assert within.seconds[0] == 3
+
+
+def test_the_copy_for_a_rollout_ahead_is_held_while_its_role_is_trained():
+    plan = jnp.zeros((1, 2), jnp.int32)
+    one = trained_ahead([(0, 4), (4, 4)])
+    copies = jnp.asarray([[0.0], [7.0]], jnp.float32)
+    one = one._replace(options=one.options._replace(copy_bytes=copies))
+    assert price(one, plan).memory_bytes[0] == 20 + 3 + 7
+    # Seconds a byte of the links: the training waits until its masters were read.
+    slow = one._replace(link=jnp.float32(0.1))
+    found = price(slow, plan)
+    assert found.begin[0, 0] == pytest.approx(float(found.copy_end[0, 1]))
+    assert found.seconds[0] == pytest.approx(2 + float(found.copy_seconds[0, 1]))
 
 
 def test_what_comes_back_from_the_host_while_others_run_takes_no_time():
