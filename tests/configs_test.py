@@ -29,7 +29,17 @@ def trained_roles(config):
 
 # As `:debug` these run about what others do.
 COPIES = (
-    *("compile_", "distillation", "llama7b_", "online_dpo", "orpo", "raft"),
+    *(
+        "compile_",
+        "distillation",
+        "gsm8k_dpo",
+        "gsm8k_raft",
+        "gsm8k_rloo",
+        "llama7b_",
+        "online_dpo",
+        "orpo",
+        "raft",
+    ),
     *("reinforce_pp", "rloo"),
 )
 

@@ -18,6 +18,9 @@ from typing import Any
 DEVICES = (8, 32, 128, 512, 1024, 4096)
 CALLS = (6, 10, 14, 20)
 DEVICES_OF_CALLS = 64
+SEARCH_SECONDS = {128: 5, 1024: 30, 2**30: 120}
+"""Of a search, by the most devices."""
+
 PLANS = 2**20
 """Priced in each measurement."""
 
@@ -60,13 +63,16 @@ _PRINT_MEMORY = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 
 
 def _measured(name: str, num_devices: int, plain: int) -> dict[str, Any]:
-    seconds = 30 if num_devices > 128 else 5
+    most = next(n for n in SEARCH_SECONDS if num_devices <= n)
+    seconds = SEARCH_SECONDS[most]
     code = (
         "from realjax.bench.planner_growth import one;"
         f" one({name!r}, {num_devices}, {seconds})"
     )
     found = _child(code)
     found["memory_gib"] = (found.pop("most_memory") - plain) / 2**20
+    shown = ("num_devices", "num_calls", "space_seconds", "price_seconds", "memory_gib")
+    print(*(f"{name} {found[name]:.4g}" for name in shown), file=sys.stderr)
     return found
 
 

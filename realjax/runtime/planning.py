@@ -9,6 +9,8 @@
 As in `described`, nothing is loaded: models are their configs.
 """
 
+from typing import Any
+
 from realjax.dataflow.account import GIB
 from realjax.dataflow.plan import ExecutionPlan
 from realjax.functions.role import Role
@@ -27,22 +29,26 @@ from realjax.runtime.run import make_graph
 from realjax.runtime.run_config import RunConfig
 
 
-def described_plan(config: RunConfig, cluster: Cluster) -> ExecutionPlan:
+def described_plan(
+    config: RunConfig, cluster: Cluster, *, algorithm: Any = None
+) -> ExecutionPlan:
     """Return the plan that a run would take on a machine.
 
     Args:
         config: of the run. Where the plan has to be found, roles without a path need
             `vocab_size` in their `model`.
         cluster: the machine.
+        algorithm: module or object; None is the one that the config names.
 
     Raises:
         ValueError: a plan that cannot be, a role without a known model, or a call that
             fits nowhere.
     """
-    given = given_plan(config, make_graph(config), cluster)
+    given = given_plan(config, make_graph(config, algorithm), cluster)
     if given is not None:
         return given
-    return choose_plan(config, described_setting(config, cluster)).plan
+    setting = described_setting(config, cluster, algorithm=algorithm)
+    return choose_plan(config, setting).plan
 
 
 def described_setting(
@@ -51,6 +57,7 @@ def described_setting(
     *,
     prompt_tokens: float = 0.0,
     new_tokens: float = 0.0,
+    algorithm: Any = None,
 ) -> Setting:
     """Return what the plan of a run is for, from its config alone.
 
@@ -60,11 +67,12 @@ def described_setting(
         prompt_tokens: mean of a prompt, or of a sequence where nothing is generated; 0
             is the longest that the config allows.
         new_tokens: mean of a completion; 0 is what the config expects.
+        algorithm: module or object; None is the one that the config names.
 
     Raises:
         ValueError: a role without a known model.
     """
-    graph = make_graph(config)
+    graph = make_graph(config, algorithm)
     prompt_width, width = described_widths(graph, config.data)
     work = Work(
         num_rows=described_size(config.data),

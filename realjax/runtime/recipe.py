@@ -179,7 +179,9 @@ def _make_tokenizer(folder: pathlib.Path, data: str, vocab_size: int) -> None:
     partial.rename(folder)  # Whole or not there, if killed.
 
 
-def plan(config: Any, cluster: int | str | None = None) -> ExecutionPlan:
+def plan(
+    config: Any, cluster: int | str | None = None, *, algorithm: Any = None
+) -> ExecutionPlan:
     """The execution plan that a config would run with; of stages, the last one's.
 
     Where the config leaves it to the planner, roles need a path or a vocabulary.
@@ -188,6 +190,7 @@ def plan(config: Any, cluster: int | str | None = None) -> ExecutionPlan:
         config: of a run, or of several in `stages`.
         cluster: a machine as in "8xh100" or "4x8xh200" or a file (`planner.cluster`),
             or a number of devices like those here; by default those of this machine.
+        algorithm: module or object; by default the one that the config names.
     """
     if isinstance(cluster, str):
         machine = Cluster.load(cluster)
@@ -197,7 +200,7 @@ def plan(config: Any, cluster: int | str | None = None) -> ExecutionPlan:
             machine = dataclasses.replace(
                 machine, num_nodes=1, devices_per_node=cluster
             )
-    return described_plan(_last_run(config), machine)
+    return described_plan(_last_run(config), machine, algorithm=algorithm)
 
 
 def _last_run(config: Any) -> RunConfig:

@@ -1,0 +1,76 @@
+"""RAFT on GSM8K's problems, scored by the exact answer or by a reward model.
+
+    python -m realjax.cli.train --config=configs/gsm8k_raft.py \
+        --config.paths.folder=FOLDER \
+        --config.paths.policy=runs/gsm8k/sft/export/policy --workdir=runs/gsm8k/raft
+    python -m realjax.cli.train --config=configs/gsm8k_raft.py:reward \
+        --config.paths.reward=runs/gsm8k/reward_model/export/reward …
+
+    python -m realjax.cli.train --config=configs/gsm8k_raft.py:debug
+
+FOLDER holds prompts.jsonl with {prompt, answer}; the answer is the final number. The
+last 256 prompts are held out. `:reward` scores by a reward model.
+
+Result: not measured.
+"""
+
+from ml_collections import ConfigDict
+
+from realjax.algorithms.raft import RAFT
+from realjax.core.config import check_choice, config_dict
+from realjax.data.datasets import DataConfig
+from realjax.functions.optimizer import OptimizerConfig
+from realjax.functions.role import RoleConfig
+from realjax.functions.score import RewardFunction
+from realjax.rl.sampling import Sampling
+from realjax.runtime.run_config import RunConfig
+from realjax.testing import TINY
+
+EXACT = RewardFunction(fn="realjax.data.verifiers:exact_answer")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    check_choice("variant", variant, ("", "reward", "debug"))
+    has_model = variant == "reward"
+    optimizer = OptimizerConfig(learning_rate=1e-4, schedule="constant")
+    roles = {
+        "policy": RoleConfig(path="{policy}", optimizer=optimizer),
+    }
+    if has_model:
+        roles["reward"] = RoleConfig(path="{reward}")
+    config = config_dict(
+        RunConfig(
+            algorithm="raft",
+            roles=roles,
+            data=DataConfig(
+                path="{folder}/prompts.jsonl",
+                kind="prompts",
+                max_prompt_length=128,
+                batch_size=8,
+                held_out=256,
+            ),
+            steps=30,
+        )
+    )
+    config.hp = config_dict(
+        RAFT(
+            sampling=Sampling(top_k=50, max_new_tokens=128),
+            completions_per_prompt=4,
+            rewards=() if has_model else (EXACT,),
+        )
+    )
+    config.paths = ConfigDict({"folder": "", "policy": "", "reward": ""})
+    if variant == "debug":
+        config.corpus = "reviews"
+        config.cpu_devices = 8
+        for role in config.roles.values():
+            role.path = ""
+            role.tokenizer = "{workdir}/data/tokenizer"
+            role.model = TINY
+        config.data.path = "{workdir}/data/prompts_train.jsonl"
+        config.data.batch_size = config.data.held_out = 16
+        config.hp.sampling.max_new_tokens = 16
+        config.hp.completions_per_prompt = 2
+        config.hp.rewards = ("realjax.data.verifiers:positive_review",)
+        config.steps = 3
+    return config
