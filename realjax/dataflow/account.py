@@ -57,6 +57,8 @@ class Sizes:
         arriving: what a copy takes, beyond `copies`, until it is quantized.
         pools: keys and values of a call that generates, by its name; they stay from one
             step to the next.
+        bases: of what stands beside adapters, where calls are elsewhere, and the place;
+            by role and layout. They stay.
         streamed: roles whose moments stay in host memory all the time.
     """
 
@@ -69,6 +71,9 @@ class Sizes:
         default_factory=dict
     )
     pools: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    bases: Mapping[tuple[str, Hashable], tuple[Place, int]] = dataclasses.field(
+        default_factory=dict
+    )
     streamed: frozenset[str] = frozenset()
 
 
@@ -204,6 +209,9 @@ class _Ledger:
         for name, size in sizes.pools.items():
             pool = self._held(plan.calls[name], f"pool of {name}", size)
             self.device["pool", name] = pool
+        for key, (place, size) in sizes.bases.items():
+            what = f"base of {key[0]} at {place.allocation}"
+            self.device["base", *key] = self._held(place, what, size)
         for name in graph.stale_calls:
             made = self._held(plan.calls[name], "batch", sizes.batch.get(name, 0))
             self.device["waiting", name] = made

@@ -5,8 +5,9 @@ import dataclasses
 from realjax.core.config import check_choice
 from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.packed import ModelProgram
-from realjax.models import quantized
+from realjax.models import lora_files, quantized
 from realjax.models.config import ModelConfig
+from realjax.models.lora import ALL_LINEAR, with_adapters
 from realjax.models.transformer import REMATS
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import make_mesh
@@ -53,6 +54,90 @@ class RouterConfig:
         return dataclasses.replace(model, moe=dataclasses.replace(model.moe, **changes))
 
 
+EXPORTS = ("merged", "adapter")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: of a role that is trained, all that is, with a scalar head.
+
+    What they stand beside stays in the role's `dtype`, without a gradient and without
+    moments, and only adapters move from one allocation to another.
+
+    Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+
+    Attributes:
+        rank: 0 is none; with a `path` it is that of the folder.
+        alpha: the product of the two matrices counts alpha / rank times.
+        targets: the projections that have one: by our names (`models.config`), by
+            those of transformers ("q_proj"), or "all-linear", which is all of them.
+        dropout: in training, the share of an adapter's inputs that are zero. With it
+            the trainer's log-probabilities are not the sampler's: leave it at 0 where
+            the role generates.
+        is_rank_stabilized: alpha / sqrt(rank) in the place of alpha / rank.
+        path: folder of adapters to start from, in PEFT's layout. It decides rank,
+            scale and targets.
+        export: "merged" writes a whole model, in which they are added to what they
+            stand beside; "adapter" a folder of PEFT's layout.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    dropout: float = 0.0
+    is_rank_stabilized: bool = False
+    path: str = ""
+    export: str = "merged"
+
+    def __post_init__(self):
+        """Refuses misspelt choices."""
+        check_choice("export", self.export, EXPORTS)
+        if self.rank < 0:
+            raise ValueError(f"rank is {self.rank}; it must be at least 0.")
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the role has adapters."""
+        return bool(self.rank or self.path)
+
+    def applied(self, model: ModelConfig, base_dtype: str) -> ModelConfig:
+        """Return the model with these adapters.
+
+        Args:
+            model: of the role.
+            base_dtype: of what they stand beside.
+
+        Raises:
+            FileNotFoundError, ValueError: as `lora_files.read_adapters` does; a target
+                that is not there; a rank that is not that of the folder.
+        """
+        if not self.is_used:
+            return model
+        if not self.path:
+            return with_adapters(
+                model,
+                rank=self.rank,
+                alpha=self.alpha,
+                targets=self.targets,
+                dropout=self.dropout,
+                is_rank_stabilized=self.is_rank_stabilized,
+                base_dtype=base_dtype,
+            )
+        found = lora_files.read_adapters(self.path, model)
+        assert found.adapters is not None
+        if self.rank not in (0, found.adapters.rank):
+            raise ValueError(
+                f"lora.rank is {self.rank}, and the adapters in {self.path} have rank"
+                f" {found.adapters.rank}. Leave it at 0 to take theirs."
+            )
+        adapters = dataclasses.replace(
+            found.adapters, dropout=self.dropout, base_dtype=base_dtype
+        )
+        found = dataclasses.replace(found, adapters=adapters)
+        lora_files.check_adapters(self.path, found)
+        return found
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoleConfig:
     """One role of a run.
@@ -61,6 +146,8 @@ class RoleConfig:
         path: folder of a Hugging Face checkpoint; empty for a new model.
         family: dotted name of a module of your own that reads it; "" takes the family
             that its config.json names.
+        label: of a sequence classifier with several, the name or number of the one
+            whose logit is the score; "" is the only one. See `models.labels`.
         tokenizer: folder of its tokenizer; empty means `path`.
         model: sizes of a new model, by the names of `ModelConfig` (the vocabulary's
             comes from the tokenizer).
@@ -74,10 +161,12 @@ class RoleConfig:
         offload: whether what the role keeps waits in host memory between its calls:
             `+offload` in all their allocations.
         optimizer: of a trained role.
+        lora: adapters, if they are to be trained and nothing else.
     """
 
     path: str = ""
     family: str = ""
+    label: str = ""
     tokenizer: str = ""
     model: dict = dataclasses.field(default_factory=dict)
     router: RouterConfig = RouterConfig()
@@ -86,6 +175,7 @@ class RoleConfig:
     remat: str = ""
     offload: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
         """Refuses misspelt choices."""

@@ -25,7 +25,7 @@ class RouterInputs(NamedTuple):
     """What the microbatches of one minibatch share."""
 
     scale: Any  # Weight of the algorithm's loss, by token of the minibatch.
-    noise_key: Any  # None for a model without jitter.
+    noise_key: Any  # Also of dropout; None for a model with neither.
 
 
 def added_loss(config: ModelConfig, sums: RouterSums, scale: Array) -> Array:

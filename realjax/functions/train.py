@@ -19,12 +19,16 @@ from realjax.functions import optimizer as optimizer_lib
 from realjax.functions import packed, routers, streamed
 from realjax.functions.function import LANGUAGE_OUTPUTS, Train
 from realjax.models import transformer
+from realjax.models.parameters import join, split
 from realjax.parallel.sharding import parameter_shardings, replicated
 from realjax.rl.masking import Mean
 
 
 class TrainState(NamedTuple):
-    """Float32 masters and the optimizer's state, as they lie on the training mesh."""
+    """Float32 masters and the optimizer's state, as they lie on the training mesh.
+
+    Beside adapters, what is not trained is among the parameters, in a type of its own.
+    """
 
     parameters: PyTree
     optimizer: PyTree
@@ -66,7 +70,8 @@ class TrainProgram:
         self.spec, self.program, self.mesh = spec, program, mesh
         self.schedule = optimizer_lib.learning_rate_schedule(config, num_updates)
         self.optimizer = optimizer_lib.make_optimizer(config, num_updates)
-        axes = transformer.abstract_parameters(program.config)
+        whole_axes = transformer.abstract_parameters(program.config)
+        axes, _ = split(whole_axes, program.config)
         self._whole = replicated(mesh)
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32),
@@ -77,7 +82,7 @@ class TrainProgram:
         self._cut = parameter_shardings(axes, mesh)
         moments = streamed.on_host(self._cut) if config.offload else self._cut
         self.shardings = TrainState(
-            parameter_shardings(axes, mesh, options=program.options),
+            parameter_shardings(whole_axes, mesh, options=program.options),
             optimizer_lib.state_shardings(
                 self.optimizer, abstract, moments, self._whole
             ),
@@ -108,7 +113,7 @@ class TrainProgram:
         self._apply = jax.jit(
             self._apply_gradients,
             donate_argnums=0,
-            out_shardings=(self.shardings, self._whole),
+            out_shardings=(self.trained(self.shardings), self._whole),
         )
         self._weigh = jax.jit(self._loss_weight, out_shardings=self._whole)
         self._no_measures = jax.jit(self._zero_means, out_shardings=self._whole)
@@ -120,7 +125,14 @@ class TrainProgram:
     def init_optimizer(self, parameters: PyTree) -> TrainState:
         """Fresh moments beside given masters."""
         init = jax.jit(self.optimizer.init, out_shardings=self.shardings.optimizer)
-        return TrainState(parameters, init(parameters))
+        return TrainState(parameters, init(self._split(parameters)[0]))
+
+    def trained(self, state: TrainState) -> TrainState:
+        """Leave out the parameters that are not trained."""
+        return state._replace(parameters=self._split(state.parameters)[0])
+
+    def _split(self, parameters: PyTree) -> tuple[PyTree, PyTree]:
+        return split(parameters, self.program.config)
 
     def __call__(
         self,
@@ -135,7 +147,7 @@ class TrainProgram:
             state: consumed; use what is returned.
             batch: keys of `spec.reads` on this mesh.
             minibatches: microbatches of each minibatch.
-            key: of the jitter of routers; None is none.
+            key: of the jitter of routers and the dropout of adapters; None is none.
 
         Returns:
             The new state, and for each minibatch its means, still on the device: the
@@ -150,25 +162,27 @@ class TrainProgram:
             sums = self._zeros(state.parameters, batch, packings[0])
             for packing in packings:
                 sums = self._accumulate(state.parameters, sums, batch, packing, router)
-            state, report = self._apply(state, sums)
+            # What is not trained is given away to nobody: others may read it.
+            base = self._split(state.parameters)[1]
+            state, report = self._apply(self.trained(state), sums)
+            state = state._replace(parameters=join(state.parameters, base))
             reports.append(report)
         return state, reports
 
     def _router_inputs(
         self, batch, microbatches, packings, key, index
     ) -> routers.RouterInputs | None:
-        """What the routers of a mixture of experts need to know of a minibatch."""
-        moe = self.program.config.moe
-        if moe is None:
+        """What the routers, and the dropout, of a minibatch need to know."""
+        config, scale, noise_key = self.program.config, None, None
+        if key is not None and config.draws_noise:
+            noise_key = jax.random.fold_in(key, index)
+        moe = config.moe
+        if moe is None and noise_key is None:
             return None
-        scale = None
-        if moe.aux_loss_coef or moe.z_loss_coef:
+        if moe is not None and (moe.aux_loss_coef or moe.z_loss_coef):
             num_tokens = sum(packing.num_tokens for packing in microbatches)
             weights = [self._weigh(batch, packing) for packing in packings]
             scale = sum(weights) / np.float32(num_tokens)
-        noise_key = None
-        if key is not None and moe.jitter:
-            noise_key = jax.random.fold_in(key, index)
         return routers.RouterInputs(scale, noise_key)
 
     def evaluate(
@@ -226,7 +240,7 @@ class TrainProgram:
         return self._spec_loss(found, batch, packing)[0].weight
 
     def _zero_sums(self, parameters, batch, packing):
-        zeros = jax.tree.map(jnp.zeros_like, parameters)
+        zeros = jax.tree.map(jnp.zeros_like, self._split(parameters)[0])
         return zeros, self._zero_means(parameters, batch, packing)
 
     def _zero_means(self, parameters, batch, packing):
@@ -235,12 +249,14 @@ class TrainProgram:
 
     def _add_gradients(self, parameters, sums, batch, packing, router=None):
         gradient_sum, mean_sums = sums
+        trained, base = self._split(parameters)
 
-        def total(parameters):
-            means, added = self._losses(parameters, batch, packing, router)
+        def total(trained):
+            whole = join(trained, base)
+            means, added = self._losses(whole, batch, packing, router)
             return means["loss"].total + added, means
 
-        gradients, means = jax.grad(total, has_aux=True)(parameters)
+        gradients, means = jax.grad(total, has_aux=True)(trained)
         gradients = jax.lax.with_sharding_constraint(gradients, self._cut)
         add = lambda a, b: a + b.astype(jnp.float32)
         return (

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from realjax.core.arrays import Array
 from realjax.models.config import ModelConfig
+from realjax.models.parameters import split
 from realjax.models.transformer import abstract_parameters
 from realjax.parallel.allocation import Allocation
 from realjax.planner.cluster import Cluster
@@ -223,6 +224,6 @@ def copy_quantities(
 
 
 def num_arrays_of(model: ModelConfig) -> int:
-    """Return how many leaves the parameters of a model have."""
-    is_leaf = lambda node: hasattr(node, "axes")
-    return len(jax.tree.leaves(abstract_parameters(model), is_leaf=is_leaf))
+    """Return how many arrays move with the parameters of a model: what is trained."""
+    trained, _ = split(abstract_parameters(model), model)
+    return len(jax.tree.leaves(trained, is_leaf=lambda node: hasattr(node, "axes")))

@@ -199,6 +199,14 @@ class _Model:
         return self.config.num_layers * layer + self.head + self.embedding - tied
 
     @property
+    def trained(self) -> float:
+        """Those that have gradients and moments."""
+        if self.config.adapters is None:
+            return self.stored
+        head = self.head if self.config.head == "scalar" else 0
+        return self.config.num_adapter_parameters + head
+
+    @property
     def parts(self) -> int:
         """Devices over which one token's products are spread at the same time."""
         return self.allocation.tensor * self.allocation.stage
@@ -288,9 +296,11 @@ def _packed(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
     again = 1.0 if work.remat in ("block", "offload") else 0.0
     if work.remat == "dots":  # All but the products with weights.
         again = 1 - model.flops(1, 0) / model.flops(1, context)
+    # Beside adapters there are gradients of activations and none of weights.
+    products = 2 if work.model.adapters is None else 1
     # Parameters are gathered again, and sums over tensor are as in the forward pass.
     backward = forward._replace(
-        products=forward.products * (2 + again),
+        products=forward.products * (products + again),
         memory=forward.memory * (BACKWARD_TRAFFIC + again),
         layers=forward.layers * (2 + again),
         link=forward.link * (1 + again),
@@ -298,7 +308,7 @@ def _packed(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
         hops=forward.hops * (1 + again),
         programs=0.0,
     )
-    owned = model.stored / (model.parts * allocation.expert)
+    owned = model.trained / (model.parts * allocation.expert)
     cut = owned / allocation.fsdp
     # float32 gradients of every microbatch: scattered over fsdp, summed over data.
     scattered = 4 * owned * _kept_share(allocation.fsdp)

@@ -8,7 +8,7 @@ what XLA takes on H200s.
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 
 from realjax.dataflow import schedule as schedule_lib
 from realjax.dataflow.account import Account, Sizes, account
@@ -17,7 +17,14 @@ from realjax.dataflow.plan import ExecutionPlan
 from realjax.functions.function import Generate
 from realjax.functions.role import Role
 from realjax.parallel.allocation import Allocation
-from realjax.planner.stored import MOMENTS, cut_bytes, fitted, parameter_bytes
+from realjax.planner.stored import (
+    MOMENTS,
+    base_bytes,
+    bases_kept,
+    cut_bytes,
+    fitted,
+    parameter_bytes,
+)
 from realjax.planner.working import (
     Work,
     num_kept,
@@ -154,7 +161,8 @@ def memory_sizes(
     dtypes = {name: role.dtype for name, role in roles.items()}
     homes = schedule_lib.home_places(graph, plan, dtypes)
     parts, copies, moving, arriving = {}, {}, {}, {}
-    working, batch, pools = {}, {}, {}
+    working, batch, pools, bases = {}, {}, {}, {}
+    basing = bases_kept(graph, plan, {name: r.model for name, r in roles.items()})
     for name, home in homes.items():
         parts[name, "parameters"] = parameter_bytes(roles[name].model, home)
         parts[name, "optimizer"] = MOMENTS * cut_bytes(
@@ -177,9 +185,15 @@ def memory_sizes(
             model = roles[node.role].model
             whole = parameter_bytes(model, dataclasses.replace(place, weights=""))
             copies[key] = parameter_bytes(model, place)
+            # Of the first copy, which brings a base along that stays.
             moving[key] = int(PIECES * whole)
             # It arrives whole, and is quantized matrix by matrix.
             arriving[key] = whole - copies[key]
+            if node.role in basing:
+                kept = base_bytes(model, place)
+                copies[key] -= kept
+                if _layout_of(place) != _layout_of(homes[node.role]):
+                    bases[node.role, _layout_of(place)] = place, kept
         role = roles[node.role]
         working[name] = sum(working_bytes(plan, name, role, num_rows, work))
         if isinstance(node.function, Generate):
@@ -192,8 +206,14 @@ def memory_sizes(
         working=working,
         batch=batch,
         pools=pools,
+        bases=bases,
         streamed=streamed_roles(roles),
     )
+
+
+def _layout_of(place: schedule_lib.Place) -> Hashable:
+    """What two places share where one base serves both."""
+    return place.allocation.layout_key, place.weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,7 +224,9 @@ class CallBytes:
         parameters: of its role in float32.
         masters: those, with the optimizer's moments if the
             call trains and they are not in host memory.
-        copy: parameters in the type it computes in.
+        copy: parameters in the type it computes in; beside a base that stays, the
+            adapters.
+        base: what stays, where copies are of adapters alone.
         working: while it runs, beside parameters.
         temporary: of that, what one of its programs takes beside what it is given.
         pool: keys and values that stay, of a call that generates.
@@ -215,6 +237,7 @@ class CallBytes:
     parameters: int = 0
     masters: int = 0
     copy: int = 0
+    base: int = 0
     working: int = 0
     temporary: int = 0
     pool: int = 0
@@ -251,13 +274,16 @@ def call_bytes(
         masters += MOMENTS * cut_bytes(role.model, allocation)
     place = schedule_lib.place_of(graph, plan, {node.role: role.dtype}, name)
     working = working_bytes(plan, name, role, num_rows, work)
-    pool = 0
+    pool = base = 0
     if isinstance(node.function, Generate):
         pool = pool_bytes(plan, name, role, num_rows, work)
+    if not role.config.offload and bases_kept(graph, plan, {node.role: role.model}):
+        base = base_bytes(role.model, place)
     return CallBytes(
         parameters=parameters,
         masters=masters,
-        copy=parameter_bytes(role.model, place),
+        copy=parameter_bytes(role.model, place) - base,
+        base=base,
         working=sum(working),
         temporary=working.temporary,
         pool=pool,

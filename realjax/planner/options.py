@@ -319,13 +319,14 @@ class Shapes:
         if not is_home:
             yield Option(
                 is_offloaded=False,
-                static_bytes=static,
+                # Also where it is the home's own, which is known of whole plans only.
+                static_bytes=static + taken.base,
                 working_bytes=working,
-                alone_bytes=static + working + taken.copy,
+                alone_bytes=static + working + taken.copy + taken.base,
                 **common,
             )
             return
-        kept = taken.masters if node.changes_role else taken.copy
+        kept = taken.masters if node.changes_role else taken.copy + taken.base
         common["alone_bytes"] = static + working + kept
         is_open = self.rules.varies and self.rules.offloads
         choices = (True,) if role.config.offload else (False, True)[: 1 + is_open]
@@ -339,7 +340,7 @@ class Shapes:
                 )
                 continue
             host = self.coefficients.host / self.cluster.device.host_bytes_per_second
-            parameters = taken.parameters if node.changes_role else taken.copy
+            parameters = taken.parameters if node.changes_role else kept
             yield Option(
                 is_offloaded=True,
                 static_bytes=static,

@@ -5,20 +5,24 @@ same few layouts many times: data parallelism changes nothing, nor do the device
 """
 
 import functools
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
 from realjax.core.arrays import PyTree
+from realjax.dataflow.graph import DataflowGraph
+from realjax.dataflow.plan import ExecutionPlan
 from realjax.dataflow.schedule import Place
 from realjax.models import quantized, transformer
 from realjax.models.config import ModelConfig
+from realjax.models.parameters import split
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import abstract_mesh
 from realjax.parallel.sharding import bytes_per_device, padded_for
 
 MOMENTS = 2
-"""Arrays like the masters that the optimizer keeps: Adam's two."""
+"""Arrays like what is trained that the optimizer keeps: Adam's two."""
 
 MOST_LAYOUTS = 2**14
 """That are remembered."""
@@ -49,14 +53,50 @@ def parameter_bytes(model: ModelConfig, place: Place) -> int:
     return _parameter_bytes(model, layout, place.dtype, weights)
 
 
+def base_bytes(model: ModelConfig, place: Place) -> int:
+    """Count those of what stands beside adapters; 0 for a model that has none.
+
+    Args:
+        model: padded for it.
+        place: layout and type.
+    """
+    layout, weights = _layout(place.allocation), place.weights
+    return _parameter_bytes(model, layout, place.dtype, weights, "base")
+
+
 def cut_bytes(model: ModelConfig, allocation: Allocation) -> int:
-    """Count float32 arrays like the parameters, cut over fsdp also with zero1.
+    """Count float32 arrays like what is trained, cut over fsdp also with zero1.
 
     Args:
         model: padded for the allocation.
         allocation: of the call.
     """
-    return _parameter_bytes(model, _layout(allocation, is_cut=True), "float32", "")
+    layout = _layout(allocation, is_cut=True)
+    return _parameter_bytes(model, layout, "float32", "", "trained")
+
+
+def bases_kept(
+    graph: DataflowGraph, plan: ExecutionPlan, models: Mapping[str, ModelConfig]
+) -> frozenset[str]:
+    """Return the roles whose bases stay where their calls are, beside adapters.
+
+    Those of which no call's allocation has `+offload`, which asks for room.
+
+    Args:
+        graph: of the algorithm.
+        plan: allocations.
+        models: of each role.
+    """
+    offloading = {
+        graph.calls[name].role
+        for name, call in plan.calls.items()
+        if "offload" in call.allocation.options
+    }
+    return frozenset(
+        role
+        for role, model in models.items()
+        if model.adapters is not None and role not in offloading
+    )
 
 
 @functools.lru_cache(maxsize=MOST_LAYOUTS)
@@ -92,10 +132,13 @@ def _padded(model: ModelConfig, layout: Allocation) -> ModelConfig:
 
 @functools.lru_cache(maxsize=MOST_LAYOUTS)
 def _parameter_bytes(
-    model: ModelConfig, layout: Allocation, dtype: str, weights: str
+    model: ModelConfig, layout: Allocation, dtype: str, weights: str, part: str = "all"
 ) -> int:
+    tree = abstract(model)
+    if part != "all":
+        tree = split(tree, model)[part == "base"]
     return bytes_per_device(
-        quantized.abstract(abstract(model), weights) if weights else abstract(model),
+        quantized.abstract(tree, weights) if weights else tree,
         abstract_mesh(layout),
         dtype=np.dtype(jnp.dtype(dtype)),
         options=layout.options,

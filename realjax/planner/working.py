@@ -29,7 +29,7 @@ from realjax.planner.layers import (
     layer_values,
     layer_weights,
 )
-from realjax.planner.stored import MOMENTS, cut_bytes, parameter_bytes
+from realjax.planner.stored import MOMENTS, base_bytes, cut_bytes, parameter_bytes
 from realjax.rl.sampling import kept_width
 from realjax.rollout.scheduler import SHORTEST_CHUNK
 from realjax.rollout.settings import Settings
@@ -160,6 +160,9 @@ class _Passes:
         # The gradients of the copies around the stages; that of the residual stream,
         # where it meets the embedding, and of the largest matrix, are in float32.
         size = values * itemsize + self.copies
+        if self.model.adapters is not None:
+            # Only adapters have gradients, and none of them is large.
+            return size + 4 * self.num_tokens * layer.stream
         whole = largest_weights(self.model, self.allocation)
         if self.model.moe is not None and self.allocation.fsdp > 1:
             # Experts come in float32, and their gradients leave together.
@@ -229,7 +232,8 @@ def _gradient_bytes(passes: _Passes) -> float:
     size = cut_bytes(model, allocation)
     if allocation.stage > 1:
         # That of the layers, once as summed so far and once of this tick.
-        size += 4 * cut_weights(model, allocation)
+        is_whole = model.adapters is None
+        size += 4 * cut_weights(model, allocation) if is_whole else size
     return size
 
 
@@ -241,7 +245,8 @@ def _update_bytes(role: Role, allocation: Allocation) -> float:
         return 2 * MOMENTS * cut / model.padded_num_layers
     if "zero1" in allocation.options:
         # Cut updates are gathered before they are added to whole parameters.
-        return cut + parameter_bytes(model, Place(allocation, "float32"))
+        place = Place(allocation, "float32")
+        return cut + parameter_bytes(model, place) - base_bytes(model, place)
     return 0
 
 

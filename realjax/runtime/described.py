@@ -292,7 +292,7 @@ class _Described:
         accumulate = (state.parameters, sums, batch, packing, router)
         programs = {
             "accumulate": (train._accumulate, accumulate),
-            "apply": (train._apply, (state, sums)),
+            "apply": (train._apply, (train.trained(state), sums)),
         }
         return programs, {"accumulate": state.optimizer}
 

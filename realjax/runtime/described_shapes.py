@@ -10,7 +10,7 @@ from realjax.core.arrays import PyTree
 from realjax.dataflow.graph import DataflowGraph
 from realjax.functions.packed import ModelProgram
 from realjax.functions.routers import RouterInputs
-from realjax.functions.train import TrainProgram
+from realjax.functions.train import TrainProgram, TrainState
 from realjax.models import quantized, transformer
 from realjax.models.config import ModelConfig
 from realjax.parallel.sharding import parameter_shardings, rows_sharding
@@ -62,25 +62,24 @@ def parameters(
     return jax.tree.map(placed, _abstract(program, dtype, weights), shardings)
 
 
-def train_state(train: TrainProgram, program: ModelProgram) -> Any:
+def train_state(train: TrainProgram, program: ModelProgram) -> TrainState:
     """Return masters and moments of a model that is trained."""
     masters = _abstract(program, jnp.float32)
-    moments = jax.eval_shape(train.optimizer.init, masters)
-    return jax.tree.map(
-        placed, type(train.shardings)(masters, moments), train.shardings
-    )
+    trained = train.trained(TrainState(masters, None)).parameters
+    moments = jax.eval_shape(train.optimizer.init, trained)
+    return jax.tree.map(placed, TrainState(masters, moments), train.shardings)
 
 
 def router_inputs(config: ModelConfig) -> RouterInputs | None:
-    """Return what the routers of a mixture of experts need to know."""
+    """Return what the routers of a mixture of experts, and dropout, need to know."""
     moe = config.moe
-    if moe is None:
+    if moe is None and not config.draws_noise:
         return None
-    has_losses = moe.aux_loss_coef or moe.z_loss_coef
+    has_losses = moe is not None and (moe.aux_loss_coef or moe.z_loss_coef)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return RouterInputs(
         scale=array((), jnp.float32) if has_losses else None,
-        noise_key=key if moe.jitter else None,
+        noise_key=key if config.draws_noise else None,
     )
 
 

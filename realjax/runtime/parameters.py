@@ -3,10 +3,19 @@
 This is the only holder of parameters in a run, so that dropping one here frees it. It
 counts how often each role was changed, and gives a call the parameters that the
 schedule says it must see, or none.
+
+What of a role stands beside adapters, its base, never changes. It is copied to the
+places of calls elsewhere once and stays there; from then on only adapters move. A role
+that an allocation offloads keeps no base elsewhere.
+
+    home       base  adapters  moments
+    elsewhere  base  ◀──────             adapters before the call
 """
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 
@@ -15,6 +24,7 @@ from realjax.dataflow.schedule import Part, Place
 from realjax.functions.train import TrainState
 from realjax.models import quantized, transformer
 from realjax.models.config import ModelConfig
+from realjax.models.parameters import join, split
 from realjax.parallel.mesh import make_mesh
 from realjax.parallel.sharding import parameter_shardings
 from realjax.realloc import offload
@@ -34,14 +44,15 @@ class _Kept:
     """What a role keeps between calls.
 
     Attributes:
-        device: parts on the devices of its home.
+        device: parts on the devices of its home; what stands beside adapters under
+            "base", apart from "parameters".
         host: copies of parts in host memory, made of what the role is now.
         version: how often the role was changed.
         step_version: what that was when the step began.
     """
 
-    device: dict[Part, PyTree] = dataclasses.field(default_factory=dict)
-    host: dict[Part, offload.HostCopy] = dataclasses.field(default_factory=dict)
+    device: dict[str, PyTree] = dataclasses.field(default_factory=dict)
+    host: dict[str, offload.HostCopy] = dataclasses.field(default_factory=dict)
     version: int = 0
     step_version: int = 0
 
@@ -53,6 +64,7 @@ class ParameterStore:
         models: of each role.
         homes: where each role stays.
         resting: parts of roles, (role, part), that are in host memory between steps.
+        basing: roles whose bases stay at the places of their calls.
         verifies: whether every move of parameters is checked by sums.
     """
 
@@ -62,6 +74,7 @@ class ParameterStore:
         homes: Mapping[str, Place],
         resting: Collection[tuple[str, Part]] = (),
         *,
+        basing: Collection[str] = (),
         verifies: bool = False,
     ):
         """Starts empty.
@@ -70,12 +83,15 @@ class ParameterStore:
             models: of each role.
             homes: where each role stays; float32 masters where it is changed.
             resting: parts of roles that are in host memory between steps.
+            basing: roles whose bases stay at the places of their calls.
             verifies: whether every move of parameters is checked by sums, and waits.
         """
         self.models, self.homes = models, homes
         self.resting, self.verifies = frozenset(resting), verifies
+        self.basing = frozenset(basing)
         self._kept: dict[str, _Kept] = {role: _Kept() for role in homes}
         self._copies: dict[tuple, tuple[int, PyTree]] = {}
+        self._bases: dict[tuple, PyTree] = {}
 
     def shardings(
         self, role: str, place: Place, *, is_quantized: bool = False
@@ -126,40 +142,39 @@ class ParameterStore:
 
         Those of a trained role become masters when its optimizer joins them.
         """
-        home = self.homes[role]
-        moved = reallocate(
-            parameters, self.shardings(role, home), dtype=home.dtype, alias=True
-        )
-        if home.weights:
-            cut = self.shardings(role, home, is_quantized=True)
-            moved = quantize(moved, cut, home.weights)
+        home, kept = self.homes[role], self._kept[role]
+        moved, base = self._split(role, parameters)
+        moved = self._sent(role, home, moved, 0, alias=True)
+        if self._has_base(role):
+            kept.device["base"] = self._sent(role, home, base, 1, alias=True)
+            kept.host.pop("base", None)
         self._change(role, {"parameters": moved})
         if (role, "parameters") in self.resting:
             self.offload(role)
 
     def set_train_state(self, role: str, state: TrainState) -> None:
         """Masters and optimizer state of a trained role, at its home."""
-        parts: dict[Part, PyTree] = {
-            "parameters": state.parameters,
-            "optimizer": state.optimizer,
-        }
-        self._change(role, parts)
+        trained, base = self._split(role, state.parameters)
+        if self._has_base(role):
+            self._kept[role].device["base"] = base
+        self._change(role, {"parameters": trained, "optimizer": state.optimizer})
 
     def train_state(self, role: str) -> TrainState:
         """Masters and optimizer state of a trained role, at its home."""
         return TrainState(*(self.reload(role, part) for part in PARTS))
 
     def saved_state(self, role: str) -> dict[Part, PyTree]:
-        """What a checkpoint holds of a role, wherever it is now."""
+        """What a checkpoint holds of a role, wherever it is now: no base."""
         kept = self._kept[role]
-        found: dict[Part, PyTree] = {p: copy.tree for p, copy in kept.host.items()}
-        return found | kept.device
+        found = {part: copy.tree for part, copy in kept.host.items()} | kept.device
+        return {part: found[part] for part in PARTS if part in found}
 
     def forget(self, roles: Collection[str]) -> None:
-        """Drops everything that roles keep; `restore` comes next."""
+        """Drops everything that roles keep but bases; `restore` comes next."""
         for role in roles:
-            self._kept[role].device.clear()
-            self._kept[role].host.clear()
+            for part in PARTS:
+                self._kept[role].device.pop(part, None)
+                self._kept[role].host.pop(part, None)
 
     def restore(self, role: str, parts: Mapping[Part, PyTree]) -> None:
         """Takes back what `saved_state` gave, to where it rests."""
@@ -179,17 +194,20 @@ class ParameterStore:
     def offload(self, role: str, part: Part = "parameters") -> PyTree:
         """Leaves a part in host memory; a copy of what it is now is made once."""
         kept = self._kept[role]
-        tree = kept.device.pop(part, None)
-        if tree is not None and part not in kept.host:
-            kept.host[part] = offload.HostCopy(tree)
+        for name in self._names(role, part):
+            tree = kept.device.pop(name, None)
+            if tree is not None and name not in kept.host:
+                kept.host[name] = offload.HostCopy(tree)
         return kept.host[part].tree if part in kept.host else None
 
     def reload(self, role: str, part: Part = "parameters") -> PyTree:
-        """Brings a part back to its home; the copy on the host stays."""
+        """Brings a part back to its home, whole; the copy on the host stays."""
         kept = self._kept[role]
-        if part not in kept.device:
-            kept.device[part] = kept.host[part].reload()
-        return kept.device[part]
+        for name in self._names(role, part):
+            if name not in kept.device:
+                kept.device[name] = kept.host[name].reload()
+        found = [kept.device[name] for name in self._names(role, part)]
+        return functools.reduce(join, found)
 
     def follow(self, role: str, source: str, weight: float, traffic: Traffic) -> PyTree:
         """Moves a role's parameters towards another's, in float32, at its home.
@@ -254,16 +272,16 @@ class ParameterStore:
             self._check_version(
                 role, self.homes[role], kept.version - kept.step_version, version
             )
-        copy = reallocate(
-            self.at_home(role),
-            self.shardings(role, place),
-            dtype=place.dtype,
-            traffic=traffic,
-            verify=self.verifies,
-        )
-        if place.weights:
-            cut = self.shardings(role, place, is_quantized=True)
-            copy = quantize(copy, cut, place.weights, donate=True)
+        trained, base = self._split(role, self.at_home(role))
+        options = {"traffic": traffic, "verify": self.verifies}
+        copy = self._sent(role, place, trained, 0, **options)
+        if self._has_base(role):
+            found = self._base_at(role, place)
+            if found is None:
+                found = self._sent(role, place, base, 1, **options)
+                if role in self.basing:
+                    self._bases[role, *_base_key(place)] = found
+            copy = join(copy, found)
         self._copies[role, place.key] = kept.version, copy
         return copy
 
@@ -271,7 +289,43 @@ class ParameterStore:
         """Drops the role's copy at a place."""
         del self._copies[role, place.key]
 
-    def _change(self, role: str, parts: dict[Part, PyTree]) -> None:
+    def _has_base(self, role: str) -> bool:
+        return self.models[role].adapters is not None
+
+    def _base_at(self, role: str, place: Place) -> PyTree | None:
+        """The role's base, where it is at a place already."""
+        if role not in self.basing:
+            return None
+        if _base_key(place) == _base_key(self.homes[role]):
+            return self._kept[role].device["base"]
+        return self._bases.get((role, *_base_key(place)))
+
+    def _sent(
+        self, role: str, place: Place, tree: PyTree, side: int, **options: Any
+    ) -> PyTree:
+        """What is trained (side 0) or the base (side 1), at a place and in its type."""
+        cut = self._split(role, self.shardings(role, place))[side]
+        adapters, dtype = self.models[role].adapters, place.dtype
+        if adapters is not None and side == 1:
+            dtype = adapters.base_dtype or dtype
+        sent = reallocate(tree, cut, dtype=dtype, **options)
+        if not place.weights:
+            return sent
+        twin = self.shardings(role, place, is_quantized=True)
+        cut = self._split(role, twin)[side]
+        # Nothing else reads what a copy was made of.
+        donate = not options.get("alias", False)
+        return quantize(sent, cut, place.weights, donate=donate)
+
+    def _split(self, role: str, tree: PyTree) -> tuple[PyTree, PyTree]:
+        return split(tree, self.models[role])
+
+    def _names(self, role: str, part: Part) -> tuple[str, ...]:
+        """What goes with a part: a base with the adapters beside it."""
+        is_beside = part == "parameters" and self._has_base(role)
+        return (part, "base") if is_beside else (part,)
+
+    def _change(self, role: str, parts: Mapping[Part, PyTree]) -> None:
         """Takes new parts; host copies of the old ones are of no use any more."""
         kept = self._kept[role]
         kept.version += 1
@@ -286,3 +340,7 @@ class ParameterStore:
                 f" call that reads it there needs it after {needed} changes. Move it"
                 " anew: a step's schedule does so, parameters set in between do not."
             )
+
+
+def _base_key(place: Place) -> tuple:
+    return place.allocation.layout_key, place.weights

@@ -107,6 +107,7 @@ def make_executor(
     num_devices=8,
     fits=None,
     dtype="float32",
+    basing=(),
     **of_plan,
 ):
     graph = ppo.graph(hp)
@@ -126,7 +127,7 @@ def make_executor(
         graph,
         plan,
         roles,
-        ParameterStore(models, homes, resting_on_host(graph, plan)),
+        ParameterStore(models, homes, resting_on_host(graph, plan), basing=basing),
         tokenizer=tiny_tokenizer(),
         optimizer_steps=dict.fromkeys(graph.calls, 40),
         seed=0,

@@ -34,7 +34,15 @@ def load(name):
     return config, join(trained, base), dict(np.load(PEFT / f"{name}.npz"))
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("llama", "gpt2")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in BASES
+    ],
+)
 def test_a_model_with_adapters_of_peft_computes_what_peft_does(name):
     config, parameters, numbers = load(name)
     hidden = plain_hidden(parameters, config, jnp.asarray(numbers["tokens"]))
