@@ -271,6 +271,8 @@ def make_schedule(
     is_training: bool = True,
     without: Collection[str] = (),
     fits: Callable[[Sequence[Step]], bool] | None = None,
+    homes: Mapping[str, Place] | None = None,
+    resting: Collection[tuple[str, Part]] | None = None,
 ) -> list[Step]:
     """The steps of one pass through the graph, in the order they are issued.
 
@@ -285,18 +287,35 @@ def make_schedule(
         without: calls that are left out.
         fits: tells whether a schedule fits the devices' memory. Copies are issued as
             early as it allows; with None, one call ahead.
+        homes: where each role stays; None is where this graph would have it.
+        resting: parts of roles that are in host memory between passes; the same.
     """
-    walk = _Walk(graph, plan, dtypes, streamed, is_training, frozenset(without))
+    if homes is None:
+        homes = home_places(graph, plan, dtypes)
+    if resting is None:
+        resting = resting_on_host(graph, plan, streamed)
+    walk = _Walk(
+        graph,
+        plan,
+        dtypes,
+        streamed,
+        is_training,
+        without=frozenset(without),
+        homes=homes,
+        resting=frozenset(resting),
+    )
     return _issued_early(walk.steps, graph, is_training, fits)
 
 
 class _Walk:
     """Goes through the calls in order and writes down what each needs."""
 
-    def __init__(self, graph, plan, dtypes, streamed, is_training, without):
+    def __init__(
+        self, graph, plan, dtypes, streamed, is_training, *, without, homes, resting
+    ):
         self.graph, self.plan, self.dtypes = graph, plan, dtypes
         self.is_training, self.streamed = is_training, streamed
-        self.homes = home_places(graph, plan, dtypes)
+        self.homes = homes
         self.order = [
             name
             for name in issued(graph, plan, is_training=is_training)
@@ -308,7 +327,7 @@ class _Walk:
             for role in graph.roles
             for part in parts_of(graph, role, streamed)
         }
-        self.at_rest = everything - resting_on_host(graph, plan, streamed)
+        self.at_rest = everything - resting
         self.on_device = set(self.at_rest)
         self.copies: set[tuple] = set()
         self.versions = dict.fromkeys(graph.roles, 0)

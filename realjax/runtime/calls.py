@@ -70,8 +70,18 @@ class Calls:
         store: ParameterStore,
         watch: Watch,
         tokenizer: Tokenizer,
+        name: str = "",
     ):
-        """Starts the workers of reward functions."""
+        """Starts the workers of reward functions.
+
+        Args:
+            programs: compiled functions.
+            store: holds parameters.
+            watch: observes when calls end.
+            tokenizer: for work on text.
+            name: tells this object's exchanges between processes from others'.
+        """
+        self._name = name
         self.programs, self.store = programs, store
         self.watch, self.tokenizer = watch, tokenizer
         self.graph, self.plan, self.roles = (
@@ -322,7 +332,7 @@ class Calls:
     def exchange(self, name: str) -> str:
         """A key for one exchange between processes: all count alike."""
         self._num_exchanges += 1
-        return f"{self._num_exchanges}/{name}"
+        return f"{self._name}{self._num_exchanges}/{name}"
 
     def prompts(self, name, node, buffer) -> dict[str, Array | np.ndarray]:
         """What a generating call takes."""

@@ -65,6 +65,7 @@ class Executor:
         width: int,
         watch: Watch | None = None,
         fits: Callable[[Sequence[schedule_lib.Step]], bool] | None = None,
+        name: str = "",
     ):
         """Prepares the schedule; programs are compiled when first used.
 
@@ -79,6 +80,7 @@ class Executor:
             width: T, tokens of a sequence.
             watch: observes when calls end.
             fits: tells whether a schedule fits the devices' memory; None: any does.
+            name: of one beside the run's own, for exchanges between processes.
         """
         self.graph, self.plan, self.store = graph, plan, store
         self.watch = watch or Watch()
@@ -88,7 +90,7 @@ class Executor:
         self.programs = Programs(
             graph, plan, roles, optimizer_steps=optimizer_steps, seed=seed, width=width
         )
-        self.calls = Calls(self.programs, store, self.watch, tokenizer)
+        self.calls = Calls(self.programs, store, self.watch, tokenizer, name)
         self.ahead = Ahead(self.calls)
         functions = {name: node.function for name, node in graph.calls.items()}
         generates = any(isinstance(f, Generate) for f in functions.values())
@@ -100,6 +102,8 @@ class Executor:
             {name: role.dtype for name, role in roles.items()},
             streamed=streamed_roles(roles),
             fits=fits,
+            homes=store.homes,
+            resting=store.resting,
         )
         self.steps = make()
         stale = graph.stale_calls

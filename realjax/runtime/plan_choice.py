@@ -7,7 +7,7 @@ the devices by the account of its schedule.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -220,13 +220,29 @@ def lengths_of(
 
 
 def padded_roles(
-    roles: Mapping[str, Role], graph: DataflowGraph, plan: ExecutionPlan
+    roles: Mapping[str, Role],
+    graph: DataflowGraph,
+    plan: ExecutionPlan,
+    others: Iterable[ExecutionPlan] = (),
 ) -> dict[str, Role]:
-    """Return roles with their models padded for the strategies of all their calls."""
+    """Return roles with their models padded for the strategies of all their calls.
+
+    Args:
+        roles: by name.
+        graph: of the steps.
+        plan: of the steps.
+        others: plans of other graphs in which the same parameters are used.
+    """
+    known = [(graph, plan), *((other.graph, other) for other in others)]
     padded = {}
     for name, role in roles.items():
-        calls = (n for n in plan.calls if graph.calls[n].role == name)
-        model = padded_for(role.model, (plan.calls[n].allocation for n in calls))
+        allocations = [
+            place.allocation
+            for of_graph, of_plan in known
+            for call, place in of_plan.calls.items()
+            if of_graph.calls[call].role == name
+        ]
+        model = padded_for(role.model, allocations)
         padded[name] = dataclasses.replace(role, model=model)
     return padded
 

@@ -101,6 +101,12 @@ class Programs:
             move=moved_in_program,
         )
 
+    def drop_pools(self) -> None:
+        """Frees pools of keys and values; the next rollouts make others."""
+        for program in self.made.values():
+            if isinstance(program, GenerateProgram):
+                program.engine.drop_pool()
+
     def train_program(self, role: str) -> TrainProgram:
         """The program that trains a role."""
         names = [n for n, c in self.graph.calls.items() if c.role == role]
