@@ -105,6 +105,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=SEARCH_SECONDS, help="Of a search.")
     add("--seed", type=int, default=0)
     add("--cpu_devices", type=int, default=0, help="Virtual devices.")
+    add("--output", type=pathlib.Path, help="Of the plans, written after each one.")
     add("--picture", type=pathlib.Path, help="Of predicted and measured seconds.")
     for name in ("width", "num_layers", "num_prompts", "new_tokens"):
         add(f"--{name}", type=int, default=getattr(Setting(), name))
@@ -161,6 +162,8 @@ def predicted_and_measured(
             },
         }
         found.append(row)
+        if options.output:
+            options.output.write_text(json.dumps(found))
         bar.console.print(_line(index, row, space.chosen(plan)), highlight=False)
         _forget()
     return found

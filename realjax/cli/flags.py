@@ -48,6 +48,8 @@ _CONFIG_HELP = (
 )
 _FOOTER = "REALJAX_TRACEBACK=1 in the environment shows where an error came from."
 
+_THREADS_PER_DEVICE = 4
+
 
 def run(declare: Declare, main: Main, arguments: Sequence[str], *, about: str) -> int:
     """Parses flags and runs a command.
@@ -123,6 +125,11 @@ def use_cpu_devices(count: int) -> None:
     xla_flags = os.environ.get("XLA_FLAGS", "")
     if count and "host_platform_device_count" not in xla_flags:
         jax.config.update("jax_num_cpu_devices", count)
+    if count:
+        # A device's part of a collective holds a thread while it waits for the others,
+        # and by default there are no more threads than devices: other work may leave
+        # too few.
+        os.environ.setdefault("NPROC", str(_THREADS_PER_DEVICE * count))
     if count and "collective_call" not in xla_flags:
         # They share few cores, perhaps with a compiler: a late one is not a deadlock.
         os.environ["XLA_FLAGS"] = (
