@@ -149,6 +149,7 @@ def _check_stage(
         inputs["plan"] = config.plan
     for role, one in config.roles.items():
         inputs |= {f"roles.{role}.path": one.path}
+        inputs |= {f"roles.{role}.lora.path": one.lora.path}
         inputs |= {f"roles.{role}.tokenizer": one.tokenizer}
     for field, value in inputs.items():
         place = pathlib.Path(value)
@@ -156,6 +157,7 @@ def _check_stage(
         if value and not is_made_later and not place.exists():
             raise FileNotFoundError(f"{path}.{field} is {value!r}, which is not there.")
     graph = run_lib.make_graph(config, algorithm)
+    config = config.without_calls(run_lib.stored_calls(config, algorithm))
     if not config.plan.endswith(".json") or pathlib.Path(config.plan).exists():
         given_plan(config, graph, Cluster.detect())
 

@@ -85,6 +85,18 @@ def make_graph(config: RunConfig, algorithm: Any = None) -> DataflowGraph:
     return module.graph(_hyperparameters(config, module))
 
 
+def stored_calls(config: RunConfig, algorithm: Any = None) -> tuple[str, ...]:
+    """Names of the calls that run once for the whole data set, before all steps."""
+    module = algorithm or load_algorithm(config.algorithm)
+    stored = _stored_graph(module, _hyperparameters(config, module))
+    return () if stored is None else tuple(stored.calls)
+
+
+def _stored_graph(module: Any, hp: Any) -> DataflowGraph | None:
+    """What an algorithm has computed once, if it has a `stored_graph(hp)`."""
+    return module.stored_graph(hp) if hasattr(module, "stored_graph") else None
+
+
 def _hyperparameters(config: RunConfig, module: Any) -> Any:
     return to_dataclass(module.HYPERPARAMETERS, config.hp, path="config.hp")
 
@@ -96,6 +108,9 @@ class Run:
     Attributes:
         chosen: the plan, and what is expected of it.
         plan: the same, its pools as large as there is room for.
+        stored_graph: calls of which `runtime.stored` keeps what they make of the whole
+            data set; None, or what the algorithm's function of this name gives.
+        stored_config: what the config says of these calls.
     """
 
     config: RunConfig
@@ -109,6 +124,8 @@ class Run:
     valid_data: Dataset | None
     width: int
     steps: int
+    stored_graph: DataflowGraph | None = None
+    stored_config: RunConfig | None = None
 
     @property
     def optimizer_steps(self) -> dict[str, int]:
@@ -157,37 +174,76 @@ def prepare(
     """
     module = algorithm or load_algorithm(config.algorithm)
     hp = _hyperparameters(config, module)
-    graph = module.graph(hp)
-    for role in graph.roles:
+    graph, stored = module.graph(hp), _stored_graph(module, hp)
+    once = stored.calls if stored is not None else {}
+    stored_config = config.without_calls(graph.calls.keys() - once.keys())
+    config = config.without_calls(once.keys() - graph.calls.keys())
+    all_roles = (*graph.roles, *(stored.roles if stored is not None else ()))
+    for role in all_roles:
         if role not in config.roles:
             raise ValueError(
                 f"The graph uses the role {role!r}, and config.roles has "
                 f"{', '.join(config.roles) or 'none'}. Add config.roles.{role}."
             )
-    cluster = Cluster.detect()
-    given_plan(config, graph, cluster)  # What is wrong with it, before the rest.
-    tokenizer = _one_tokenizer(config, graph)
-    roles = {name: _make_role(name, config, graph, tokenizer) for name in graph.roles}
+    # What is wrong with the plan, before the rest.
+    given_plan(config, graph, Cluster.detect())
+    tokenizer = _one_tokenizer(config, all_roles)
+    roles = make_roles(config, graph, tokenizer)
     train_data = load_dataset(config.data, tokenizer, split="train", seed=config.seed)
     valid_data = None
     if config.data.valid_path or config.data.held_out:
         valid_data = load_dataset(
             config.data, tokenizer, split="valid", seed=config.seed
         )
+    made = (key for node in once.values() for key in node.writes)
+    stored_keys = (name for key in made for name in train_data.stored_keys(key))
     with _about(f"config.data.kind is {config.data.kind!r}"):
-        graph.require(tuple(train_data.batch([0]).arrays))
-    batch_size = config.data.batch_size
-    _check_minibatches(graph, batch_size, train_data.rows_per_record)
+        graph.require((*train_data.batch([0]).arrays, *stored_keys))
+    _check_minibatches(graph, config.data.batch_size, train_data.rows_per_record)
     _check_rewards(config, graph)
-    data = [train_data, *([valid_data] if valid_data else [])]
-    width = _width(graph, roles, data)
-    work = work_of(config, data, width)
+    data = (train_data, valid_data)
+    run = assemble(config, hp, graph, roles, tokenizer, data, kept=kept, tell=tell)
+    if stored is None:
+        return run
+    return dataclasses.replace(run, stored_graph=stored, stored_config=stored_config)
+
+
+def assemble(
+    config: RunConfig,
+    hp: Any,
+    graph: DataflowGraph,
+    roles: Mapping[str, Role],
+    tokenizer: Tokenizer,
+    data: tuple[Dataset, Dataset | None],
+    *,
+    kept: Mapping[str, Any] | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Run:
+    """Plans the calls of a graph, for data that is read and roles that are known.
+
+    Args:
+        config: of the run.
+        hp: hyperparameters.
+        graph: that is run.
+        roles: of the graph.
+        tokenizer: of all roles.
+        data: to train on, and held out if any is.
+        kept: as in `prepare`.
+        tell: likewise.
+
+    Raises:
+        ValueError: no plan is possible, or sequences are too long for a role.
+    """
+    (train_data, valid_data), batch_size = data, config.data.batch_size
+    datasets = [dataset for dataset in data if dataset is not None]
+    width = _width(graph, roles, datasets)
+    work = work_of(config, datasets, width)
     setting = Setting(
         graph=graph,
         roles=roles,
         work=work,
         lengths=lengths_of(config, graph, train_data.mean_length, work),
-        cluster=cluster,
+        cluster=Cluster.detect(),
         limit_bytes=device_bytes(config),
     )
     chosen = choose_plan(config, setting, kept=kept, tell=tell)
@@ -303,10 +359,10 @@ def _initial_parameters(model: ModelConfig, key, shardings):
     return handles(jax.tree.map(place, jax.eval_shape(init, key), shardings))
 
 
-def _one_tokenizer(config: RunConfig, graph: DataflowGraph) -> Tokenizer:
+def _one_tokenizer(config: RunConfig, names: Iterable[str]) -> Tokenizer:
     """The tokenizer that all roles share."""
     found: dict[str, Tokenizer] = {}
-    for name in graph.roles:
+    for name in dict.fromkeys(names):
         role = config.roles[name]
         folder = role.tokenizer or role.path
         if folder:
@@ -328,6 +384,13 @@ def _one_tokenizer(config: RunConfig, graph: DataflowGraph) -> Tokenizer:
                 "tokens pass between roles as they are, so all need one tokenizer."
             )
     return tokenizer
+
+
+def make_roles(
+    config: RunConfig, graph: DataflowGraph, tokenizer: Tokenizer
+) -> dict[str, Role]:
+    """The roles of a graph, by name; reads and checks their models' configs."""
+    return {name: _make_role(name, config, graph, tokenizer) for name in graph.roles}
 
 
 def _make_role(

@@ -21,7 +21,7 @@ from realjax.dataflow.draw import graph_svg
 from realjax.functions.function import Generate
 from realjax.models import hf
 from realjax.realloc.links import check_links
-from realjax.runtime import cluster, report, resuming
+from realjax.runtime import cluster, report, resuming, stored
 from realjax.runtime.agreement import Agreement
 from realjax.runtime.checkpoint import Checkpointer
 from realjax.runtime.console import Console
@@ -124,6 +124,7 @@ class Trainer:
         self.checkpointer = opened.enter_context(
             Checkpointer(checkpoints, keep=config.checkpoint.keep)
         )
+        stored.fill(run, self.workdir, self.console)
         chosen = dataclasses.replace(run.chosen, plan=run.plan)
         self.console.print(chosen.summary())
         run_account(run).check()
