@@ -10,6 +10,7 @@ from realjax.data.datasets import DataConfig
 from realjax.functions.role import RoleConfig
 from realjax.functions.score import RewardFunction
 from realjax.parallel.allocation import Allocation
+from realjax.rl.sampling import Sampling
 from realjax.runtime.checkpoint import CheckpointConfig
 from realjax.runtime.profile import profiled_steps
 
@@ -19,14 +20,29 @@ PLAN_MODES = ("search", "heuristic", "symmetric")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """When the held-out data is measured.
+    """When the held-out data is measured, and how.
+
+    With a judge or a verifier, held-out prompts are completed for evaluation alone,
+    whatever the algorithm: see `trials`.
 
     Attributes:
         every_steps: 0 means only where the next two say.
         at_start, at_end: before the first step; after the last.
         num_samples: completions shown in the log and the report.
         rewards: Python functions that score held-out completions besides, to be
-            reported only.
+            reported only; where there are some.
+        judge: role with a scalar head, which says whether a completion of the policy is
+            better than one of `against`, for "eval/win_rate"; "" measures none. It may
+            be the reward model that is trained against, or another one.
+        against: role that the policy is compared with.
+        verifier: Python function that says whether a completion is right, for
+            "eval/pass@k"; None measures none.
+        pass_score: least score of the verifier that is right.
+        pass_at: each k; at most `completions_per_prompt`.
+        completions_per_prompt: drawn of each held-out prompt, for those two.
+        sampling: how they are drawn; None is as in training, or where that draws none
+            the defaults of `Sampling`.
+        allocation: of the calls that do so; "" is where training has calls like them.
     """
 
     every_steps: int = 0
@@ -34,10 +50,35 @@ class EvaluationConfig:
     at_end: bool = True
     num_samples: int = 8
     rewards: tuple[RewardFunction, ...] = ()
+    judge: str = ""
+    against: str = "reference"
+    verifier: RewardFunction | None = None
+    pass_score: float = 1.0
+    pass_at: tuple[int, ...] = (1,)
+    completions_per_prompt: int = 1
+    sampling: Sampling | None = None
+    allocation: str = ""
 
     def __post_init__(self):
-        """Refuses counts below 0."""
+        """Refuses counts that mean nothing."""
         check_least(self, 0, "every_steps", "num_samples")
+        check_least(self, 1, "completions_per_prompt")
+        most = self.completions_per_prompt
+        if wrong := [k for k in self.pass_at if not 1 <= k <= most]:
+            raise ValueError(
+                f"pass_at has {wrong[0]}, and completions_per_prompt is {most}: each k"
+                " must be from 1 to that. Draw more of each prompt."
+            )
+
+    @property
+    def has_trials(self) -> bool:
+        """Whether held-out prompts are completed for evaluation alone."""
+        return bool(self.judge) or self.verifier is not None
+
+    @property
+    def functions(self) -> tuple[RewardFunction, ...]:
+        """All Python functions."""
+        return (*self.rewards, *((self.verifier,) if self.verifier else ()))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
