@@ -252,7 +252,7 @@ def test_a_resumed_run_goes_on_with_what_was_drawn_bit_for_bit(
     if not changes:
         check_same_metrics(tmp_path / "run", whole.workdir)
     else:
-        assert np.isfinite(resumed.metrics["eval/objective/scores"][2:]).all()
+        assert np.isfinite(resumed.metrics["eval/objective/scores"][2:-1]).all()
     check_same_arrays(
         saved_arrays(tmp_path / "run", steps), saved_arrays(whole.workdir, steps)
     )
