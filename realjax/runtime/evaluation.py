@@ -1,7 +1,8 @@
 """Evaluation: the run's own graph over held-out data, with nothing updated.
 
 Completions are drawn with the same keys every time, so that numbers before and after
-training differ by the parameters alone.
+training differ by the parameters alone. What takes completions that the graph does not
+make, win rates and pass@k, is measured by `trials`.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from realjax.runtime.console import Console
 from realjax.runtime.executor import Executor
 from realjax.runtime.measures import to_numbers
 from realjax.runtime.run import Run
+from realjax.runtime.trials import Trials, samples_of, with_error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,13 @@ class Evaluation:
     samples: list[dict[str, Any]]
 
 
-def evaluate(run: Run, executor: Executor, console: Console, when: str) -> Evaluation:
+def evaluate(
+    run: Run,
+    executor: Executor,
+    console: Console,
+    when: str,
+    trials: Trials | None = None,
+) -> Evaluation:
     """Measures every batch of the held-out data.
 
     Args:
@@ -43,6 +51,8 @@ def evaluate(run: Run, executor: Executor, console: Console, when: str) -> Evalu
         executor: holds the parameters.
         console: shows progress.
         when: a word for the progress bar.
+        trials: of the run, which keep what they compiled; made anew where the run has
+            some and None are given.
     """
     assert run.valid_data is not None
     config, rewards = run.config, run.config.evaluation.rewards
@@ -52,7 +62,8 @@ def evaluate(run: Run, executor: Executor, console: Console, when: str) -> Evalu
     totals: dict[str, list[Any]] = {}
     scores: dict[str, list[np.ndarray]] = {}
     samples: list[dict[str, Any]] = []
-    workers = RewardWorkers(rewards) if rewards else None
+    failed: dict[str, float] = {}
+    workers = RewardWorkers(rewards) if rewards and _generates(run) else None
     with (
         workers or contextlib.nullcontext(),
         console.progress(f"evaluation {when}", len(batches)) as advance,
@@ -75,8 +86,11 @@ def evaluate(run: Run, executor: Executor, console: Console, when: str) -> Evalu
             for name, values in found.items():
                 scores.setdefault(name, []).append(values)
             if texts is not None and len(samples) < config.evaluation.num_samples:
-                samples += _samples(texts, found.get("scores"))
+                samples += samples_of(texts, found.get("scores"))
             advance()
+        if workers is not None:
+            failures = workers.num_failures.items()
+            failed = {f"eval/rewards/{n}/failures": float(c) for n, c in failures}
     skipped = ("learning_rate", "grad_norm", "skipped", "nonfinite")
     numbers = {
         f"eval/{name}": value
@@ -84,8 +98,13 @@ def evaluate(run: Run, executor: Executor, console: Console, when: str) -> Evalu
         if not name.startswith(skipped)
     }
     for name, parts in scores.items():
-        numbers |= _mean_and_error(f"eval/{name}", np.concatenate(parts))
-    return Evaluation(numbers=numbers, samples=samples[: config.evaluation.num_samples])
+        numbers |= with_error(f"eval/{name}_mean", np.concatenate(parts))
+    if run.trials:
+        found, first = (trials or Trials(run, executor)).measure(console, when)
+        numbers, samples = numbers | found, samples or first
+    return Evaluation(
+        numbers=numbers | failed, samples=samples[: config.evaluation.num_samples]
+    )
 
 
 def show_change(columns: Mapping[str, np.ndarray], console: Console) -> None:
@@ -99,7 +118,8 @@ def show_change(columns: Mapping[str, np.ndarray], console: Console) -> None:
     for name, values in columns.items():
         measured = values[np.isfinite(values)]
         shown = ("loss", "ppl", "accuracy", "scores", "_mean", "_error", "kl")
-        if name.startswith("eval/") and len(measured) > 1 and name.endswith(shown):
+        is_shown = name.endswith((*shown, "win_rate")) or "pass@" in name
+        if name.startswith("eval/") and len(measured) > 1 and is_shown:
             rows.append((name.removeprefix("eval/"), measured[0], measured[-1]))
     if rows:
         console.table("held-out data", ("", "first", "last"), rows)
@@ -111,22 +131,3 @@ def _generates(run: Run) -> bool:
 
 def _mean(value: float, weight: int) -> Mean:
     return Mean(jnp.float32(value * weight), jnp.float32(weight))
-
-
-def _mean_and_error(name: str, values: np.ndarray) -> dict[str, float]:
-    """Mean over all completions, and the standard error of that mean."""
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-    return {
-        f"{name}_mean": float(values.mean()),
-        f"{name}_standard_error": float(error),
-    }
-
-
-def _samples(texts, scores: np.ndarray | None) -> list[dict[str, Any]]:
-    """Texts and scores of a batch's completions."""
-    prompts, completions, _ = texts
-    known = [None] * len(prompts) if scores is None else scores.tolist()
-    return [
-        {"prompt": prompt, "completion": completion, "score": score}
-        for prompt, completion, score in zip(prompts, completions, known, strict=True)
-    ]

@@ -6,7 +6,6 @@ compiles.
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import pkgutil
 import types
@@ -31,11 +30,11 @@ from realjax.functions.function import (
 )
 from realjax.functions.role import Role
 from realjax.functions.score import RewardWorkers
-from realjax.models import hf, transformer
+from realjax.models import hf
 from realjax.models.config import ModelConfig
-from realjax.parallel.sharding import handles
 from realjax.planner.cluster import Cluster
 from realjax.planner.memory import Work, streamed_roles
+from realjax.planner.stored import bases_kept
 from realjax.runtime.device_memory import device_bytes
 from realjax.runtime.given_plans import given_plan
 from realjax.runtime.parameters import ParameterStore
@@ -47,6 +46,16 @@ from realjax.runtime.plan_choice import (
     padded_roles,
 )
 from realjax.runtime.run_config import RunConfig
+from realjax.runtime.trial_plans import (
+    Trial,
+    extra_homes,
+    resting_alone,
+    trial_graphs,
+    trial_roles,
+    with_trials,
+)
+from realjax.runtime.weights import check_lora, has_score, lasting, load_weights
+from realjax.runtime.widths import sequence_width
 
 
 def load_algorithm(name: str) -> types.ModuleType:
@@ -111,6 +120,8 @@ class Run:
         stored_graph: calls of which `runtime.stored` keeps what they make of the whole
             data set; None, or what the algorithm's function of this name gives.
         stored_config: what the config says of these calls.
+        roles: of the steps, then those of trials alone.
+        trials: of evaluation, by the role that completes.
     """
 
     config: RunConfig
@@ -126,6 +137,7 @@ class Run:
     steps: int
     stored_graph: DataflowGraph | None = None
     stored_config: RunConfig | None = None
+    trials: Mapping[str, Trial] = dataclasses.field(default_factory=dict)
 
     @property
     def optimizer_steps(self) -> dict[str, int]:
@@ -141,13 +153,7 @@ class Run:
         return {
             "algorithm": self.config.algorithm,
             "data": self.train_data.fingerprint(),
-            "models": {
-                # Padding follows the allocations, which may change.
-                name: dataclasses.asdict(
-                    dataclasses.replace(role.model, vocab_multiple=1, layer_multiple=1)
-                )
-                for name, role in self.roles.items()
-            },
+            "models": {n: lasting(self.roles[n].model) for n in self.graph.roles},
             "hp": _plain(dataclasses.asdict(self.hp)),
             "seed": self.config.seed,
         }
@@ -178,17 +184,23 @@ def prepare(
     once = stored.calls if stored is not None else {}
     stored_config = config.without_calls(graph.calls.keys() - once.keys())
     config = config.without_calls(once.keys() - graph.calls.keys())
-    all_roles = (*graph.roles, *(stored.roles if stored is not None else ()))
+    tried = trial_graphs(config, graph)
+    others = (stored, *tried.values()) if stored is not None else tried.values()
+    all_roles = (*graph.roles, *(role for other in others for role in other.roles))
     for role in all_roles:
         if role not in config.roles:
+            is_tried = any(role in one.roles for one in tried.values())
+            user = "config.evaluation" if is_tried else "The graph"
             raise ValueError(
-                f"The graph uses the role {role!r}, and config.roles has "
+                f"{user} uses the role {role!r}, and config.roles has "
                 f"{', '.join(config.roles) or 'none'}. Add config.roles.{role}."
             )
     # What is wrong with the plan, before the rest.
     given_plan(config, graph, Cluster.detect())
     tokenizer = _one_tokenizer(config, all_roles)
     roles = make_roles(config, graph, tokenizer)
+    make_role = lambda name, graph: _make_role(name, config, graph, tokenizer)
+    with_tried = trial_roles(config, tried, roles, make_role)
     train_data = load_dataset(config.data, tokenizer, split="train", seed=config.seed)
     valid_data = None
     if config.data.valid_path or config.data.held_out:
@@ -203,6 +215,8 @@ def prepare(
     _check_rewards(config, graph)
     data = (train_data, valid_data)
     run = assemble(config, hp, graph, roles, tokenizer, data, kept=kept, tell=tell)
+    if tried:
+        run = with_trials(run, tried, with_tried)
     if stored is None:
         return run
     return dataclasses.replace(run, stored_graph=stored, stored_config=stored_config)
@@ -236,7 +250,7 @@ def assemble(
     """
     (train_data, valid_data), batch_size = data, config.data.batch_size
     datasets = [dataset for dataset in data if dataset is not None]
-    width = _width(graph, roles, datasets)
+    width = sequence_width(graph, roles, datasets)
     work = work_of(config, datasets, width)
     setting = Setting(
         graph=graph,
@@ -320,7 +334,9 @@ def _check_minibatches(graph: DataflowGraph, batch_size: int, rows: int) -> None
 def _check_rewards(config: RunConfig, graph: DataflowGraph) -> None:
     """Imports reward functions once, in a process that ends at once."""
     scores = [c.function for c in graph.calls.values() if isinstance(c.function, Score)]
-    for rewards in (*(score.rewards for score in scores), config.evaluation.rewards):
+    # One by one: a verifier may be one of the rewards, too.
+    evaluating = [(one,) for one in config.evaluation.functions]
+    for rewards in (*(score.rewards for score in scores), *evaluating):
         if rewards:
             RewardWorkers(rewards).close()
 
@@ -331,32 +347,21 @@ def load_parameters(run: Run) -> ParameterStore:
     homes = home_places(run.graph, run.plan, dtypes)
     models = {name: role.model for name, role in run.roles.items()}
     resting = resting_on_host(run.graph, run.plan, streamed_roles(run.roles))
-    store = ParameterStore(models, homes, resting, verifies=run.config.check_moves)
+    extra = extra_homes(run.trials.values(), run.graph, dtypes)
+    resting |= resting_alone(extra)
+    homes |= extra
+    store = ParameterStore(
+        models,
+        homes,
+        resting,
+        basing=bases_kept(run.graph, run.plan, models),
+        verifies=run.config.check_moves,
+    )
     for index, (name, role) in enumerate(run.roles.items()):
         shardings = store.shardings(name, homes[name])
         key = jax.random.fold_in(jax.random.key(run.config.seed), index)
-        if role.config.path:
-            parameters = hf.load(
-                role.config.path,
-                config=role.model,
-                shardings=shardings,
-                head=role.model.head,
-                key=key,
-            )
-        else:
-            parameters = _initial_parameters(role.model, key, shardings)
-        store.set_initial(name, parameters)
+        store.set_initial(name, load_weights(role, key, shardings))
     return store
-
-
-def _initial_parameters(model: ModelConfig, key, shardings):
-    """Random weights, made where they shall lie."""
-    init = functools.partial(transformer.init_parameters, model)
-    first = jax.tree.leaves(shardings)[0]
-    if first.addressable_devices:
-        return jax.jit(init, out_shardings=shardings)(key)
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    return handles(jax.tree.map(place, jax.eval_shape(init, key), shardings))
 
 
 def _one_tokenizer(config: RunConfig, names: Iterable[str]) -> Tokenizer:
@@ -400,23 +405,28 @@ def _make_role(
     head, is_trained = _needed_head(name, graph), name in graph.trained_roles
     if role.path:
         with _about(f"Role {name!r}"):
-            model = hf.read_config(role.path, family=role.family or None)
-            if model.head == "language" and head == "scalar" and not is_trained:
+            family = role.family or None
+            model = hf.read_config(role.path, family=family, label=role.label)
+            is_drawn = model.head == "language" and head == "scalar"
+            if is_drawn and not is_trained and not has_score(role, model):
                 raise ValueError(
                     f"{role.path} holds a language model, and no call trains this "
                     "role: its scores would be those of a random head. Give the folder "
                     "of a reward model."
                 )
             model = dataclasses.replace(model, head=head)
-            hf.check(role.path, config=model)
+            hf.check(role.path, config=model, label=role.label)
     else:
         sizes = {"vocab_size": tokenizer.vocab_size, "eos_ids": tokenizer.eos_ids}
         path = f"config.roles.{name}.model"
         model = to_dataclass(
             ModelConfig, sizes | role.model | {"head": head}, path=path
         )
+    check_lora(name, role, graph)
+    on_gpu = jax.default_backend() == "gpu"
+    dtype = role.dtype or ("bfloat16" if on_gpu else "float32")
     with _about(f"Role {name!r}"):
-        model = role.router.applied(model)
+        model = role.lora.applied(role.router.applied(model), dtype)
         if model.moe is not None and model.moe.capacity_factor:
             _refuse_dropping(graph.of(name))
     if model.vocab_size < tokenizer.vocab_size:
@@ -425,13 +435,12 @@ def _make_role(
             f"one of {tokenizer.vocab_size}. They do not belong together: give the "
             "model's own tokenizer."
         )
-    on_gpu = jax.default_backend() == "gpu"
     return Role(
         name=name,
         config=role,
         model=model,
         eos_ids=tokenizer.eos_ids,
-        dtype=role.dtype or ("bfloat16" if on_gpu else "float32"),
+        dtype=dtype,
         is_trained=is_trained,
     )
 
@@ -467,33 +476,3 @@ def _needed_head(role: str, graph: DataflowGraph) -> Any:
             "role has one. Use two roles."
         )
     return heads.pop()
-
-
-def _width(
-    graph: DataflowGraph, roles: Mapping[str, Role], datasets: list[Dataset]
-) -> int:
-    """T: tokens of the longest sequence that the run can meet, rounded up to 8."""
-    generated = [
-        node.function.sampling.max_new_tokens
-        for node in graph.calls.values()
-        if isinstance(node.function, Generate)
-    ]
-    if generated:
-        width = max(dataset.prompt_width for dataset in datasets) + max(generated)
-        advice = "config.data.max_prompt_length or config.hp.sampling.max_new_tokens"
-    else:
-        width = max(dataset.row_width for dataset in datasets)
-        advice = "config.data.max_length"
-    for name, role in roles.items():
-        # Widths of data sets are rounded up to 8 themselves.
-        longest = role.model.longest_sequence(is_sampled=bool(generated))
-        if width > _round_up(longest):
-            raise ValueError(
-                f"Sequences reach {width} tokens, and role {name!r} was made for "
-                f"{longest}. Lower {advice}."
-            )
-    return _round_up(width)
-
-
-def _round_up(width: int) -> int:
-    return -(-width // 8) * 8

@@ -19,7 +19,6 @@ from realjax.core.timing import Rate
 from realjax.data.loader import Loader
 from realjax.dataflow.draw import graph_svg
 from realjax.functions.function import Generate
-from realjax.models import hf
 from realjax.realloc.links import check_links
 from realjax.runtime import cluster, report, resuming, stored
 from realjax.runtime.agreement import Agreement
@@ -36,6 +35,8 @@ from realjax.runtime.predictions import Predictions, compared
 from realjax.runtime.profile import Profiler
 from realjax.runtime.run import Run, load_parameters, prepare
 from realjax.runtime.run_config import RunConfig
+from realjax.runtime.trials import Trials
+from realjax.runtime.weights import save_weights
 from realjax.runtime.workdir import claim_workdir
 
 WARM_UP_STEPS = 2
@@ -143,6 +144,7 @@ class Trainer:
             fits=fits_function(run),
         )
         opened.callback(self.executor.close)
+        self._trials = Trials(run, self.executor) if run.trials else None
         self._num_rows = config.data.batch_size * run.train_data.rows_per_record
         self.executor.calls.generating.prepare(self._num_rows)
         self.loader = Loader(
@@ -324,7 +326,9 @@ class Trainer:
         """Metrics of the held-out data; keeps the first and the last completions."""
         if self.run.valid_data is None:
             return {}
-        found: Evaluation = evaluate(self.run, self.executor, self.console, when)
+        found: Evaluation = evaluate(
+            self.run, self.executor, self.console, when, self._trials
+        )
         if found.samples:
             self.samples["after" if self.step else "before"] = found.samples
         self.console.evaluation(when, found.numbers)
@@ -371,15 +375,10 @@ class Trainer:
 
     def _export(self) -> None:
         """Trained roles, and those that follow them, as Hugging Face folders."""
-        for role in self.run.graph.changed_roles:
-            hf.save(
-                self._export_folder(role),
-                self.run.roles[role].model,
-                self.executor.store.saved_state(role)["parameters"],
-                tokenizer=self.run.tokenizer,
-                role=role,
-                agreement=Agreement(f"export of {role}"),
-            )
+        run, store = self.run, self.executor.store
+        for name in run.graph.changed_roles:
+            folder = self._export_folder(name)
+            save_weights(folder, run.roles[name], store, run.tokenizer)
 
     def _tell_exports(self) -> None:
         """Where the exports are; writes those that are not there."""

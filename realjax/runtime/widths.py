@@ -1,0 +1,38 @@
+"""How long sequences of a graph can be."""
+
+from collections.abc import Mapping, Sequence
+
+from realjax.data.datasets import Dataset
+from realjax.dataflow.graph import DataflowGraph
+from realjax.functions.function import Generate
+from realjax.functions.role import Role
+
+
+def sequence_width(
+    graph: DataflowGraph, roles: Mapping[str, Role], datasets: Sequence[Dataset]
+) -> int:
+    """T: tokens of the longest sequence that the run can meet, rounded up to 8."""
+    generated = [
+        node.function.sampling.max_new_tokens
+        for node in graph.calls.values()
+        if isinstance(node.function, Generate)
+    ]
+    if generated:
+        width = max(dataset.prompt_width for dataset in datasets) + max(generated)
+        advice = "config.data.max_prompt_length or config.hp.sampling.max_new_tokens"
+    else:
+        width = max(dataset.row_width for dataset in datasets)
+        advice = "config.data.max_length"
+    for name, role in roles.items():
+        # Widths of data sets are rounded up to 8 themselves.
+        longest = role.model.longest_sequence(is_sampled=bool(generated))
+        if width > _round_up(longest):
+            raise ValueError(
+                f"Sequences reach {width} tokens, and role {name!r} was made for "
+                f"{longest}. Lower {advice}."
+            )
+    return _round_up(width)
+
+
+def _round_up(width: int) -> int:
+    return -(-width // 8) * 8
