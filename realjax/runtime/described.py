@@ -29,6 +29,7 @@ from realjax.functions.packed import ModelProgram
 from realjax.functions.train import TrainProgram
 from realjax.models import hf
 from realjax.models.config import ModelConfig
+from realjax.models.parameters import split
 from realjax.parallel.allocation import Allocation
 from realjax.parallel.mesh import make_mesh
 from realjax.parallel.partition import partition_for
@@ -52,6 +53,9 @@ from realjax.runtime.described_shapes import (
 from realjax.runtime.programs import SEQUENCES_PER_ROW
 from realjax.runtime.run import make_graph
 from realjax.runtime.run_config import RunConfig
+
+DTYPE = "bfloat16"
+"""Of products on described devices, where a role does not say."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +147,7 @@ class _Described:
         allocation = self.plan.calls[name].allocation
         mesh = make_mesh(allocation, self.machine.devices)
         role = self.config.roles[node.role]
-        dtype = role.dtype or "bfloat16"
+        dtype = role.dtype or DTYPE
         program = ModelProgram(
             config=self.models[node.role],
             dtype=dtype,
@@ -294,7 +298,8 @@ class _Described:
             "accumulate": (train._accumulate, accumulate),
             "apply": (train._apply, (train.trained(state), sums)),
         }
-        return programs, {"accumulate": state.optimizer}
+        _, base = split(state.parameters, program.config)
+        return programs, {"accumulate": state.optimizer, "apply": base}
 
     def _transform(self, node: ModelFunctionCall) -> list[DescribedProgram]:
         spec: Any = node.function
@@ -344,13 +349,16 @@ def _model(
     return padded_for(model, allocations)
 
 
-def described_model(config: RunConfig, graph: DataflowGraph, role: str) -> ModelConfig:
+def described_model(
+    config: RunConfig, graph: DataflowGraph, role: str, *, dtype: str = DTYPE
+) -> ModelConfig:
     """Give the model of a role, of which nothing is loaded.
 
     Args:
         config: of the run.
         graph: of its algorithm.
         role: whose model.
+        dtype: of its products, where the config does not say.
 
     Raises:
         ValueError: the config has no such role, or no size of its vocabulary.
@@ -375,7 +383,7 @@ def described_model(config: RunConfig, graph: DataflowGraph, role: str) -> Model
     else:
         path = f"config.roles.{role}.model"
         model = to_dataclass(ModelConfig, dict(given.model) | {"head": head}, path=path)
-    return given.router.applied(model)
+    return given.lora.applied(given.router.applied(model), given.dtype or dtype)
 
 
 def described_widths(graph: DataflowGraph, data: DataConfig) -> tuple[int, int]:

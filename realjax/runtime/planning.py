@@ -19,6 +19,7 @@ from realjax.planner.cost import Coefficients
 from realjax.planner.memory import Work
 from realjax.planner.space import Space, make_space
 from realjax.runtime.described import (
+    DTYPE,
     described_model,
     described_size,
     described_widths,
@@ -118,9 +119,9 @@ def described_space(
 
 
 def _role(config: RunConfig, graph, name: str, cluster: Cluster) -> Role:
-    model = described_model(config, graph, name)
+    default = "float32" if cluster.device.kind == "cpu" else DTYPE
+    model = described_model(config, graph, name, dtype=default)
     given = config.roles[name]
-    default = "float32" if cluster.device.kind == "cpu" else "bfloat16"
     return Role(
         name=name,
         config=given,

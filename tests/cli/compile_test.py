@@ -4,13 +4,17 @@ A machine's own devices stand in for described ones: what is made for them, and 
 what a GPU's compiler says of it, is tested here. `tests/gpu_compile_test.py` compiles.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.testing import aot
 from realjax.cli import compile as cli
+from realjax.functions.role import LoraConfig
 from realjax.models.config import ModelConfig
+from realjax.models.parameters import LORA, divide
 from realjax.runtime.confirming import cluster_of
 from realjax.runtime.described import described_programs
 from realjax.runtime.planning import described_plan
@@ -69,6 +73,27 @@ def test_every_call_gets_its_programs_and_the_batch_follows_the_graph():
     reference = next(part for part in parts if part.call == "reference")
     stored = jax.tree.leaves(reference.arguments[0])
     assert {leaf.dtype for leaf in stored} == {jnp.dtype("bfloat16")}
+
+
+def test_programs_of_adapters_take_them_beside_a_narrow_base():
+    config = tiny(allocation="f4t2")
+    policy = dataclasses.replace(
+        config.roles["policy"], lora=LoraConfig(rank=2, dropout=0.1)
+    )
+    config = dataclasses.replace(config, roles=config.roles | {"policy": policy})
+    parts = list(described(config, ("rollout", "train_policy")))
+    accumulate, apply = parts[-2:]
+    trained, base = divide(accumulate.arguments[0], LORA)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
+    assert jax.tree.structure(accumulate.arguments[1][0]) == (
+        jax.tree.structure(trained)
+    )
+    assert jax.tree.structure(apply.arguments[0].parameters) == (
+        jax.tree.structure(trained)
+    )
+    accumulate.function.lower(*accumulate.arguments)
+    apply.function.lower(*apply.arguments)
 
 
 def test_the_programs_are_those_that_the_devices_run():
