@@ -36,6 +36,8 @@ _ENVIRONMENT = {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     # A profile of this machine would change which plans are found.
     "REALJAX_PROFILES": str(pathlib.Path(_USER_CACHE) / "realjax" / "none"),
+    # Threads of a collective wait for each other: there are more than devices.
+    "NPROC": str(4 * NUM_DEVICES),
     # Figures go to files.
     "MPLBACKEND": "agg",
     # Tests use what is in the repository; a name of the hub is an error at once.
