@@ -33,6 +33,7 @@ from realjax.runtime.memory import fits_function, run_account, with_fitting_pool
 from realjax.runtime.model import Model
 from realjax.runtime.predictions import Predictions, compared
 from realjax.runtime.profile import Profiler
+from realjax.runtime.rescue import rescuing
 from realjax.runtime.run import Run, load_parameters, prepare
 from realjax.runtime.run_config import RunConfig
 from realjax.runtime.trials import Trials
@@ -85,6 +86,7 @@ def train(
         ValueError, TypeError, FileNotFoundError: the config or the data is wrong; found
             before anything compiles.
         NonFiniteError: training diverged; the last checkpoint is untouched.
+        RewardError: a reward function failed; what was learned before is saved.
     """
     console, workdir = console or Console(), pathlib.Path(workdir)
     run = prepare(config, algorithm, kept=read_plan(workdir), tell=console.print)
@@ -188,7 +190,8 @@ class Trainer:
                 if config.evaluation.at_start and not benchmark:
                     self.metrics.write(0, self._evaluate("before training"))
             while not self._is_stopped() and self.step < last:
-                is_epoch_end, num_epochs = self._step(rate)
+                with self._rescuing():
+                    is_epoch_end, num_epochs = self._step(rate)
                 if self.step == last or config.checkpoint.is_due(
                     step=self.step,
                     epoch=num_epochs,
@@ -213,6 +216,11 @@ class Trainer:
             workdir=self.workdir,
             is_finished=self.step >= steps or self.stop_signal is None,
         )
+
+    def _rescuing(self) -> contextlib.AbstractContextManager[None]:
+        save = lambda: self._save(export=False)
+        parts = (self.executor, self.loader, self.checkpointer)
+        return rescuing(*parts, save, step=self.step)
 
     def _step(self, rate: Rate) -> tuple[bool, int]:
         """One step; returns whether it ended an epoch, and how many are done."""

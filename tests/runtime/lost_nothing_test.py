@@ -18,6 +18,11 @@ from realjax.runtime.checkpoint import Checkpointer, MismatchedCheckpointError
 from realjax.runtime.run import prepare
 from realjax.runtime.run_config import RunConfig
 from realjax.runtime.workdir import WorkdirError, claim_workdir
+from tests.runtime.small_runs import (
+    check_same_arrays,
+    check_same_metrics,
+    saved_arrays,
+)
 from tests.runtime.small_world import (
     contents,
     make_world,
@@ -100,6 +105,7 @@ def test_ppo_stops_at_a_broken_reward_function_and_goes_on_once_it_is_mended(
     config = rewarded_config(world, file)
     fault, message = FAULTS["raises"]
     file.write_text(BROKEN.format(fault))
+    config.checkpoint.every_steps = 0
     found = break_off(config, workdir)
     assert f"Reward function 'score' {message}" in found and "on_error" in found
     check_step(workdir, 1)
@@ -107,6 +113,40 @@ def test_ppo_stops_at_a_broken_reward_function_and_goes_on_once_it_is_mended(
     result = train(config, workdir)
     assert result.is_finished and result.metrics["step"].tolist() == [1, 2]
     check_step(workdir, 2)
+
+
+# Scores by length, but for one call, as long as a file lies beside it.
+FLAKY = """
+import pathlib
+def score(prompts, completions):
+    path = pathlib.Path(__file__)
+    calls, broken = path.with_suffix(".calls"), path.with_suffix(".broken")
+    number = int(calls.read_text()) + 1 if calls.exists() else 1
+    if number == 3 and broken.exists():
+        raise KeyError("no such word")
+    calls.write_text(str(number))
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.mark.slow
+def test_what_was_learned_since_the_last_checkpoint_is_saved(world, tmp_path):
+    workdirs = {}
+    for name in ("whole", "broken"):
+        file, workdir = tmp_path / f"{name}.py", tmp_path / name
+        file.write_text(FLAKY)
+        config = rewarded_config(world, file)
+        config.steps, config.checkpoint.every_steps = 4, 0
+        if name == "broken":
+            file.with_suffix(".broken").touch()
+            break_off(config, workdir)
+            check_step(workdir, 2)  # Nothing was due, and yet.
+            file.with_suffix(".broken").unlink()
+        assert train(config, workdir).is_finished
+        workdirs[name] = workdir
+    found, wanted = (workdirs[name] for name in ("broken", "whole"))
+    check_same_metrics(found, wanted)
+    check_same_arrays(saved_arrays(found, 4), saved_arrays(wanted, 4))
 
 
 @pytest.mark.slow
