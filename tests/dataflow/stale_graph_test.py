@@ -5,7 +5,17 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from realjax.algorithms import grpo, ppo, remax, sft
+from realjax.algorithms import (
+    distillation,
+    grpo,
+    online_dpo,
+    ppo,
+    raft,
+    reinforce_pp,
+    remax,
+    rloo,
+    sft,
+)
 from realjax.dataflow import DataflowGraph, call
 from realjax.dataflow.account import account
 from realjax.dataflow.draw import graph_svg, graph_text
@@ -56,6 +66,29 @@ def test_only_what_is_asked_for_runs_a_step_ahead():
     assert GRAPH.stale_calls == ("rollout",)
     # Who reads from whom is the same: the keys pass a step later.
     assert GRAPH.levels() == PLAIN.levels()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [
+        (distillation, {"is_on_policy": True}),
+        (online_dpo, {}),
+        *((a, {}) for a in (grpo, ppo, raft, reinforce_pp, remax, rloo)),
+    ],
+)
+def test_whatever_samples_its_own_completions_can_do_so_a_step_ahead(
+    algorithm, changes
+):
+    for staleness in (0, 1):
+        hp = algorithm.HYPERPARAMETERS(staleness=staleness, **changes)
+        found = algorithm.graph(hp)
+        generating = [
+            name
+            for name, node in found.calls.items()
+            if isinstance(node.function, Generate)
+        ]
+        assert list(found.stale_calls) == generating * staleness
+        assert generating
 
 
 def test_the_drawings_say_that_keys_come_one_step_later():
