@@ -281,14 +281,15 @@ def written_config(config: ModelConfig, base: str = "") -> dict[str, Any]:
     """
     adapters = config.adapters
     assert adapters is not None
-    known = lora.places(config)
+    known, alpha = lora.places(config), float(adapters.alpha)
     is_scalar = config.head == "scalar"
     return {
         "peft_type": "LORA",
         "task_type": _TASKS[config.head],
         "base_model_name_or_path": base or None,
         "r": adapters.rank,
-        "lora_alpha": adapters.alpha,
+        # Whole numbers are written as such: some readers know no others.
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": adapters.dropout,
         "use_rslora": adapters.is_rank_stabilized,
         "target_modules": lora.module_ends(config),

@@ -18,12 +18,16 @@ from realjax.parallel.mesh import make_mesh
 from realjax.parallel.sharding import parameter_shardings
 from realjax.planner import memory_account, memory_sizes
 from realjax.planner.cluster import Cluster
-from realjax.planner.cost import CallWork, quantities
+from realjax.planner.cost import CallWork, Coefficients, quantities
 from realjax.planner.memory import call_bytes
+from realjax.planner.search import search
+from realjax.planner.space import Lengths, make_space
 from realjax.rl import Sampling
+from tests.planner import plan_spaces
 from tests.planner.memory_test import WORK, bytes_on, roles_of
 
 PPO = ppo.graph(ppo.PPO(sampling=Sampling(max_new_tokens=8)))
+PPO_OF_1B = ppo.graph(ppo.PPO(sampling=Sampling(max_new_tokens=256), minibatches=4))
 PLAN = {
     "rollout": "t2@4-5",
     "reward": "d1@6",
@@ -145,3 +149,27 @@ def test_a_backward_pass_beside_adapters_is_one_product_of_two():
     np.testing.assert_allclose(found.products / with_all.products, 2 / 3, rtol=1e-3)
     assert found.link < with_all.link
     assert found.memory < with_all.memory
+
+
+@pytest.mark.slow
+def test_a_searched_plan_takes_what_its_account_says():
+    graph, memory = PPO_OF_1B, int(4e9)
+    machine = Cluster.load("8xh100")
+    device = dataclasses.replace(machine.device, memory_bytes=memory)
+    roles = adapted(
+        plan_spaces.roles_of(graph), base_dtype="bfloat16", names=("policy", "critic")
+    )
+    space = make_space(
+        graph,
+        roles,
+        plan_spaces.WORK,
+        Lengths(prompt_tokens=256, new_tokens=256, most_new_tokens=256),
+        dataclasses.replace(machine, device=device),
+        Coefficients(),
+        microbatch_tokens=8192,
+    )
+    found = search(space, most_moves=200)
+    plan = space.execution_plan(found.plan)
+    account = memory_account(graph, plan, roles, plan_spaces.WORK, limit_bytes=memory)
+    assert account.fits
+    assert found.memory_bytes == pytest.approx(account.peak_bytes.max(), rel=0.02)
