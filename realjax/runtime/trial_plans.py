@@ -210,7 +210,9 @@ def with_trials(
         for name, node in graph.calls.items():
             _check_fit(name, plan.calls[name].allocation, roles[node.role or ""])
         own = {name: roles[name] for name in graph.roles}
-        width = sequence_width(graph, own, [data])
+        width = sequence_width(
+            graph, own, [data], sampling="config.evaluation.sampling"
+        )
         found[role] = Trial(graph=graph, plan=plan, width=width, data=data)
     plans = [trial.plan for trial in found.values()]
     padded = padded_roles(roles, run.graph, run.plan, plans)

@@ -9,9 +9,23 @@ from realjax.functions.role import Role
 
 
 def sequence_width(
-    graph: DataflowGraph, roles: Mapping[str, Role], datasets: Sequence[Dataset]
+    graph: DataflowGraph,
+    roles: Mapping[str, Role],
+    datasets: Sequence[Dataset],
+    *,
+    sampling: str = "config.hp.sampling",
 ) -> int:
-    """T: tokens of the longest sequence that the run can meet, rounded up to 8."""
+    """T: tokens of the longest sequence that a graph can meet, rounded up to 8.
+
+    Args:
+        graph: whose calls sample, or read what the data sets hold.
+        roles: that must take such sequences.
+        datasets: of prompts, or of whole sequences.
+        sampling: where the config says how long completions are, for the error.
+
+    Raises:
+        ValueError: a role was made for fewer.
+    """
     generated = [
         node.function.sampling.max_new_tokens
         for node in graph.calls.values()
@@ -19,7 +33,7 @@ def sequence_width(
     ]
     if generated:
         width = max(dataset.prompt_width for dataset in datasets) + max(generated)
-        advice = "config.data.max_prompt_length or config.hp.sampling.max_new_tokens"
+        advice = f"config.data.max_prompt_length or {sampling}.max_new_tokens"
     else:
         width = max(dataset.row_width for dataset in datasets)
         advice = "config.data.max_length"
