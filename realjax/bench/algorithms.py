@@ -169,7 +169,7 @@ def imitation(task: Task, folder: pathlib.Path, seed: int, data: str) -> PyTree:
         data=data,
         samples=False,
         batch_size=64,
-        steps=task.imitation_steps,
+        steps=task.imitation_steps * (2 if data == "right" else 1),
         learning_rate=3e-3,
         begins_new=("policy",),
         measure="eval/ppl",
