@@ -29,7 +29,10 @@ _NUM_SHOWN_EVALUATION = 10
 _COMPLETION_WIDTH = 400
 
 # Words that a person looks for first, in the names of metrics; then order decides.
-_WORDS = ("loss", "score", "accuracy", "reward", "kl", "ratio", "grad_norm", "length")
+_WORDS = (
+    *("loss", "score", "accuracy", "win_rate", "pass@", "reward", "kl", "ratio"),
+    *("grad_norm", "length"),
+)
 # Where the machinery's own numbers are; they belong to tables and files.
 _HIDDEN = (
     "timing_s/",
@@ -276,7 +279,10 @@ def _most_telling(metrics: Mapping[str, Any], limit: int) -> dict[str, float]:
     shown = {
         name: float(value)
         for name, value in metrics.items()
-        if any(word in name for word in _WORDS) and not name.startswith(_HIDDEN)
+        if any(word in name for word in _WORDS)
+        and not name.startswith(_HIDDEN)
+        and not name.endswith("_standard_error")
+        and (value or not name.endswith("/failures"))
     }
 
     def rank(name: str) -> int:

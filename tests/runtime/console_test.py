@@ -77,6 +77,19 @@ def test_a_number_that_is_not_finite_stands_out(terminal):
     assert "\x1b[1;31mnan" in terminal.getvalue()  # Bold red.
 
 
+def test_an_evaluation_shows_win_rates_and_passes_and_failures_that_were(output):
+    found = {
+        "win_rate": 0.75,
+        "win_rate_standard_error": 0.1,
+        "pass@4": 0.5,
+        "rewards/mine/failures": 0.0,
+        "rewards/other/failures": 3.0,
+    }
+    metrics = {f"eval/{name}": value for name, value in found.items()}
+    Console(output).evaluation("before", metrics)
+    assert output.getvalue() == "eval before  win_rate 0.75  pass@4 0.5  failures 3\n"
+
+
 def test_an_evaluation_is_one_line(output):
     Console(output).evaluation("before", {"eval/scores": 0.5, "eval/loss": 2.0})
     assert output.getvalue() == "eval before  loss 2  scores 0.5\n"
