@@ -84,6 +84,9 @@ class Ahead:
     def take(self, batch: Batch, step: int, traffic: Traffic) -> Drawn | None:
         """What the step before has drawn for this one; None in the first step.
 
+        It stays what waits until `wait_with` says that this step is done: a step that
+        fails before it has learned anything can be done again.
+
         Args:
             batch: of the data set, for this step.
             step: that will train on it.
@@ -93,7 +96,7 @@ class Ahead:
             ValueError: it was drawn for another step, or for other data.
             VersionError: it was not drawn by the policy of one step ago.
         """
-        found, self.waiting = self.waiting, None
+        found = self.waiting
         if found is None:
             return None
         if found.step != step or not np.array_equal(found.data_ids, batch.ids):
@@ -115,6 +118,10 @@ class Ahead:
                 )
         found.buffer.begin_step(traffic)
         return found
+
+    def wait_with(self, drawn: Drawn | None) -> None:
+        """Keeps what a step that is done has drawn; None after the last one."""
+        self.waiting = drawn
 
     def staleness(self, drawn: Drawn) -> float:
         """How often the roles that sampled were changed since, at most."""

@@ -191,12 +191,14 @@ class Executor:
         metrics = dict(drawn.metrics)
         metrics["completions/staleness"] = [self.ahead.staleness(drawn)]
         this = passing(buffer=drawn.buffer, step=step)
+        following = None
         if ahead is None:
-            return metrics | self._issue(self.last_steps, this), drawn.buffer
-        waiting = self.ahead.begin(ahead, step + 1, self.batch_traffic)
-        later = passing(buffer=waiting.buffer, step=step + 1)
-        metrics |= self._issue(self.steps, this, (later, waiting.metrics))
-        self.ahead.waiting = waiting
+            metrics |= self._issue(self.last_steps, this)
+        else:
+            following = self.ahead.begin(ahead, step + 1, self.batch_traffic)
+            later = passing(buffer=following.buffer, step=step + 1)
+            metrics |= self._issue(self.steps, this, (later, following.metrics))
+        self.ahead.wait_with(following)
         return metrics, drawn.buffer
 
     def _issue(

@@ -29,8 +29,8 @@ def rescuing(
     """Saves what was learned before a step, if a reward function fails in it.
 
     Not where something has gone on since it began, a role or a transform, or where
-    completions are carried on or drawn ahead; and not in a run of several processes, of
-    which the others may be anywhere in the step. The last checkpoint then stands.
+    completions are carried on; and not in a run of several processes, of which the
+    others may be anywhere in the step. The last checkpoint then stands.
 
     Args:
         executor: of the steps.
@@ -49,7 +49,7 @@ def rescuing(
         is_same = _versions(executor) == versions and all(
             calls.transform_states[name] is one for name, one in transforms.items()
         )
-        has_rest = bool(calls.generating.carries or executor.ahead.names)
+        has_rest = bool(calls.generating.carries)
         is_new = step > (checkpointer.latest_step() or 0)
         if is_new and is_same and not has_rest and jax.process_count() == 1:
             loader.restore(state)

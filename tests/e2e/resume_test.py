@@ -149,6 +149,21 @@ def test_killed_ten_times_it_ends_as_one_that_was_not(world, tmp_path):
     check_same_run(workdir, result.workdir, steps)
 
 
+@pytest.mark.slow
+def test_killed_with_a_rollout_that_waits_it_goes_on_with_it(world, tmp_path):
+    values = fields(world, epochs=2, **{"hp.staleness": 1})
+    result, _ = train(values, tmp_path / "whole")
+    staleness = result.metrics["completions/staleness"][1:]
+    assert staleness.tolist() == [0, *[1] * (STEPS - 1)]
+    workdir = tmp_path / "run"
+    with Process(values, workdir, cwd=tmp_path) as process:
+        saved, _ = kill(process, after_step=SAVE_EVERY + 1, delay_seconds=0.0)
+    with Process(values, workdir, cwd=tmp_path) as process:
+        assert process.end() == 0, process.text
+        assert process.resumed == saved
+    check_same_run(workdir, result.workdir, STEPS)
+
+
 # -- what a checkpoint brings back -------------------------------------------------
 
 

@@ -130,13 +130,17 @@ def score(prompts, completions):
 
 
 @pytest.mark.slow
-def test_what_was_learned_since_the_last_checkpoint_is_saved(world, tmp_path):
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_what_was_learned_since_the_last_checkpoint_is_saved(
+    world, tmp_path, staleness
+):
     workdirs = {}
     for name in ("whole", "broken"):
         file, workdir = tmp_path / f"{name}.py", tmp_path / name
         file.write_text(FLAKY)
         config = rewarded_config(world, file)
         config.steps, config.checkpoint.every_steps = 4, 0
+        config.hp.staleness = staleness
         if name == "broken":
             file.with_suffix(".broken").touch()
             break_off(config, workdir)
