@@ -59,7 +59,7 @@ NUM_SEEDS = 3
 NUM_MEASURED = 8
 """Held-out measurements of a run, beside the one before it."""
 
-NUM_HELD_OUT = 64
+NUM_HELD_OUT = 128
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

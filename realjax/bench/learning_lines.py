@@ -106,7 +106,7 @@ class Line:
     held_out: str = ""
     samples: bool = True
     learning_rate: float = 1e-3
-    steps: int = 60
+    steps: int = 100
     batch_size: int = 16
     begins_new: tuple[str, ...] = ()
     begins_right: tuple[str, ...] = ()
