@@ -291,3 +291,29 @@ def test_the_reference_follows_the_policy_only_on_request():
     graph = ppo.graph(ppo.PPO(reference_ema=0.001))
     assert graph.calls["follow"].function.weight == 0.001
     assert graph.changed_roles == ("policy", "reference", "critic")
+
+
+def test_without_critic_and_whitening_a_first_step_is_reinforce_with_kl():
+    # Discount and lambda 1, values 0, one minibatch: the advantage is what is to come.
+    hp = ppo.PPO(
+        whiten_advantages=False,
+        minibatches=1,
+        value_norm="none",
+        score=ScoreShaping(truncated="keep"),
+        kl=KLControl(coef=0.2),
+    )
+    batch, arrays = rollout()
+    arrays |= {
+        key: jnp.zeros_like(arrays[key]) for key in ("values", "bootstrap_values")
+    }
+    _, outputs, _ = ppo.advantages(ppo.initial_state(hp), arrays, hp=hp)
+    arrays |= outputs | {"entropy": jnp.zeros_like(arrays["old_logprobs"])}
+    loss = lambda x: ppo.policy_loss(x, arrays, hp=hp)[0].value()
+    gradient = jax.grad(loss)(arrays["old_logprobs"])
+    expected = np.zeros(gradient.shape)
+    kl = batch["old_logprobs"] - batch["ref_logprobs"]
+    for row, (start, stop) in enumerate(zip(STARTS, LENGTHS, strict=True)):
+        for t in range(start, stop):
+            to_come = batch["scores"][row] - 0.2 * kl[row, t:stop].sum()
+            expected[row, t] = -to_come / batch["completion_mask"].sum()
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
