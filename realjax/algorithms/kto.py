@@ -95,11 +95,6 @@ def stored_graph(hp: KTO) -> DataflowGraph | None:
 
 def graph(hp: KTO) -> DataflowGraph:
     """The reference's calls unless stored, the policy's on mismatches, training."""
-
-    def of_mismatches(role: str, key: str, **options: bool):
-        renames = {"tokens": "mismatched_tokens", "logprobs": f"mismatched_{key}"}
-        return call(role, Infer(**options), **renames)
-
     keys = ("lengths", "logprobs", "ref_logprobs")
     estimate = Transform(
         fn=divergence,
@@ -111,13 +106,17 @@ def graph(hp: KTO) -> DataflowGraph:
         reads=("tokens", "completion_mask", "is_desirable", "ref_logprobs", "kl"),
         minibatches=hp.minibatches,
     )
-    reference = call("reference", Infer(), logprobs="ref_logprobs")
-    mismatched_reference = of_mismatches("reference", "ref_logprobs")
+    of_policy, of_reference = Infer(is_as_trained=True), Infer()
+    other, logprobs = "mismatched_tokens", "mismatched_ref_logprobs"
+    reference = call("reference", of_reference, logprobs="ref_logprobs")
+    on_others = call("reference", of_reference, tokens=other, logprobs=logprobs)
     is_called = not hp.stores_reference
     return DataflowGraph(
         reference=reference if is_called else None,
-        mismatched_reference=mismatched_reference if is_called else None,
-        mismatched_policy=of_mismatches("policy", "logprobs", is_as_trained=True),
+        mismatched_reference=on_others if is_called else None,
+        mismatched_policy=call(
+            "policy", of_policy, tokens=other, logprobs="mismatched_logprobs"
+        ),
         kl=call(None, estimate),
         train_policy=call("policy", train),
     )

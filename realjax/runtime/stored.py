@@ -9,6 +9,7 @@ numbers, so that runs with other references keep others beside it.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ import numpy as np
 from realjax.data.datasets import Dataset
 from realjax.functions.function import Infer
 from realjax.runtime import cluster
+from realjax.runtime.agreement import Agreement
 from realjax.runtime.console import Console
 from realjax.runtime.executor import Executor
 from realjax.runtime.memory import fits_function, run_account
@@ -58,7 +60,9 @@ def fill(run: Run, workdir: pathlib.Path, console: Console) -> None:
         for split, dataset in (("train", run.train_data), ("valid", run.valid_data)):
             if dataset is None:
                 continue
-            fingerprint = _fingerprint(once, dataset)
+            # Times of files may differ from host to host.
+            find = functools.partial(_fingerprint, once, dataset)
+            fingerprint = Agreement(f"stored {split}").decide(find)
             beside = pathlib.Path(paths[split])
             name = f"{beside.stem}.stored-{fingerprint[:12]}.npz"
             files = [folder / name for folder in (beside.parent, workdir)]
@@ -68,7 +72,6 @@ def fill(run: Run, workdir: pathlib.Path, console: Console) -> None:
                 if executor is None:
                     executor = _executor(once, opened)
                 values = _compute(once, executor, dataset, console, split)
-                cluster.barrier(f"stored/{split}/computed")
                 if jax.process_index() == 0:
                     written = _write(files, values, fingerprint)
                     console.print(f"stored {', '.join(values)} in {written}")

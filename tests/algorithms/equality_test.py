@@ -10,10 +10,16 @@ import pytest
 from realjax.algorithms import (
     distillation,
     dpo,
+    grpo,
     kto,
     online_dpo,
     orpo,
+    ppo,
+    raft,
+    reinforce_pp,
+    remax,
     reward_model,
+    rloo,
     sft,
 )
 from realjax.rl import Sampling
@@ -24,7 +30,7 @@ from tests.functions.plain import plain_logprobs
 SIZE, WIDTH = 8, 24
 MADE = tiny_batch(SIZE, WIDTH)
 DATA = {key: np.asarray(MADE[key]) for key in ("tokens", "completion_mask")}
-SAMPLING = Sampling(max_new_tokens=WIDTH // 2)
+SAMPLING = Sampling(max_new_tokens=WIDTH // 2, temperature=0.9)
 
 
 def sentences():
@@ -66,6 +72,20 @@ def rollout():
     }, {"tokens": MADE.lengths}
 
 
+def with_greedy_scores():
+    """ReMax has a second rollout, of which the scores are all it reads."""
+    batch, lengths = rollout()
+    greedy = {f"greedy_{key}": batch[key] for key in batch}
+    return batch | greedy, lengths
+
+
+def sampled(algorithm, group=1, **changes):
+    """Hyperparameters of an algorithm that samples."""
+    return algorithm.HYPERPARAMETERS(
+        sampling=SAMPLING, completions_per_prompt=group, **changes
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """An algorithm, its hyperparameters, and what makes its batch."""
@@ -83,11 +103,27 @@ CASES = {
     "dpo ipo": Case(dpo, dpo.DPO(kind="ipo", is_per_token=True), pairs),
     "orpo": Case(orpo, orpo.ORPO(), pairs),
     "kto": Case(kto, kto.KTO(undesirable_weight=1.5), labels),
-    "online_dpo": Case(
-        online_dpo,
-        online_dpo.OnlineDPO(completions_per_prompt=4, sampling=SAMPLING),
+    "online_dpo": Case(online_dpo, sampled(online_dpo, group=4), rollout),
+    "ppo": Case(ppo, sampled(ppo), rollout),
+    "grpo": Case(grpo, sampled(grpo, group=4), rollout),
+    "dapo": Case(
+        grpo,
+        sampled(
+            grpo,
+            group=4,
+            clip_higher=0.28,
+            mean_over="tokens",
+            kl_coef=0.0,
+            overlong_margin=4,
+            filters_truncated=True,
+        ),
         rollout,
     ),
+    "gspo": Case(grpo, sampled(grpo, group=4, ratio="sequence", kl_coef=0), rollout),
+    "rloo": Case(rloo, sampled(rloo, group=4), rollout),
+    "reinforce_pp": Case(reinforce_pp, sampled(reinforce_pp, group=2), rollout),
+    "remax": Case(remax, sampled(remax), with_greedy_scores),
+    "raft": Case(raft, sampled(raft, group=4, num_kept=2), rollout),
     "distillation": Case(
         distillation,
         distillation.Distillation(num_top=12, temperature=1.3),

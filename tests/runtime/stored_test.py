@@ -76,9 +76,8 @@ def show():
     return Console(file=text, width=200), text
 
 
-@pytest.mark.parametrize(
-    "kind", ["pairs", pytest.param("labels", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pairs", "labels"])
 def test_a_stored_reference_gives_the_numbers_of_one_that_is_called(
     folder, tmp_path, kind
 ):
