@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import realjax
+from realjax.algorithms import ppo
 from realjax.dataflow.schedule import Place
 from realjax.functions.role import LoraConfig, RoleConfig
 from realjax.functions.train import TrainState
@@ -22,12 +23,14 @@ from realjax.realloc.transfer import Traffic
 from realjax.runtime.checkpoint import CheckpointConfig
 from realjax.runtime.parameters import ParameterStore
 from realjax.runtime.run import prepare
+from realjax.runtime.weights import check_lora
 from realjax.testing import tiny_model, tiny_parameters
 from tests.functions.plain import parameters_on, sharp_parameters
 from tests.runtime.small_runs import (
     MODEL,
     check_same_arrays,
     check_same_metrics,
+    data_config,
     saved_arrays,
     sft_config,
     train,
@@ -227,6 +230,31 @@ def test_a_run_takes_up_adapters_where_another_left_them(data, whole):
 
 
 @pytest.mark.slow
+def test_a_frozen_role_computes_with_the_adapters_of_a_folder(data, whole, tmp_path):
+    # The policy begins as its reference, so that DPO's first loss is log 2.
+    _, result = whole
+    folder = str(result.workdir / "export" / "policy")
+    config = lora_config(data, LoraConfig(path=folder))
+    config = dataclasses.replace(
+        config,
+        algorithm="dpo",
+        roles=config.roles | {"reference": config.roles["policy"]},
+        data=data_config(data, "pairs", batch_size=4),
+        allocation="f2@0-1",
+        allocations={"reference": "t2@2-3"},
+        steps=2,
+    )
+    found, _ = train(config, tmp_path)
+    losses = found.metrics["loss"]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-5)
+    assert losses[1] != losses[0]
+    reference = found.roles["reference"]
+    trained, _ = split(reference.parameters, reference.config)
+    wanted = split(result.roles["policy"].parameters, reference.config)[0]
+    jax.tree.map(np.testing.assert_array_equal, trained, wanted)
+
+
+@pytest.mark.slow
 def test_a_merged_export_is_a_plain_folder(data, tmp_path):
     checkpoint = CheckpointConfig(keep=1)
     config = lora_config(data, steps=1, allocation="d1@0", checkpoint=checkpoint)
@@ -264,6 +292,15 @@ def test_new_adapters_that_nothing_trains_are_refused(data):
     config = dataclasses.replace(made, algorithm="dpo", roles=roles)
     with pytest.raises(ValueError, match=r"'reference' has lora\.rank=4, and no call"):
         prepare(config)
+
+
+@pytest.mark.parametrize("name", ["policy", "reference"])
+def test_adapters_of_roles_that_follow_or_are_followed_are_refused(name):
+    graph = ppo.graph(ppo.PPO(reference_ema=0.01))
+    lora = dataclasses.replace(LORA, path="adapters")
+    with pytest.raises(ValueError, match=r"'reference' follows 'policy'"):
+        check_lora(name, RoleConfig(lora=lora), graph)
+    check_lora("critic", RoleConfig(lora=LORA), graph)
 
 
 def test_misspelt_choices_are_refused():
