@@ -61,13 +61,7 @@ def advantages(batch, *, hp: ReMax):
 
 def policy_loss(logprobs, batch, *, hp: ReMax):
     """-Σ A_t log π(y_t), a mean over completions."""
-    mask, old_logprobs = batch["completion_mask"], batch["old_logprobs"]
-    weights = rl.importance.truncated_weights(
-        logprobs, old_logprobs, cap=hp.importance_cap
-    )
-    metrics = rl.importance.gap(logprobs, old_logprobs, mask)
-    metrics["policy/entropy_avg"] = Mean.over(batch["entropy"], mask)
-    return rl.losses.reinforce(logprobs, weights * batch["advantages"], mask), metrics
+    return rl.losses.policy_gradient(logprobs, batch, cap=hp.importance_cap)
 
 
 def graph(hp: ReMax) -> DataflowGraph:

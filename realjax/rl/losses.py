@@ -1,11 +1,13 @@
 """Losses: one number per token or per pair, to be averaged with `masking.Mean`."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from realjax.core.arrays import Array, Bool, Float
+from realjax.rl import importance
 from realjax.rl.masking import Mean
 
 
@@ -129,6 +131,27 @@ def reinforce(
     """
     total = jnp.where(mask, advantages * logprobs, 0.0).sum(axis=1)
     return Mean.over(-total, mask.any(axis=1))
+
+
+def policy_gradient(
+    logprobs: Float[Array, "B T"], batch: Mapping[str, Array], *, cap: float
+) -> tuple[Mean, dict[str, Mean]]:
+    """Return `reinforce` of a rollout, each token weighed for its sampler.
+
+    Args:
+        logprobs: of the tokens, by the policy in training.
+        batch: "completion_mask", "old_logprobs" and "advantages" of the rollout, and
+            the policy's "entropy".
+        cap: of the weights, see `importance.truncated_weights`; 0 has none.
+
+    Returns:
+        The loss, and the gap to the sampler and the entropy.
+    """
+    mask, old_logprobs = batch["completion_mask"], batch["old_logprobs"]
+    weights = importance.truncated_weights(logprobs, old_logprobs, cap=cap)
+    metrics = importance.gap(logprobs, old_logprobs, mask)
+    metrics["policy/entropy_avg"] = Mean.over(batch["entropy"], mask)
+    return reinforce(logprobs, weights * batch["advantages"], mask), metrics
 
 
 def clipped_value(
