@@ -10,6 +10,7 @@ generate; the greedy completions are scored and not learned from.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -68,7 +69,7 @@ def graph(hp: ReMax) -> DataflowGraph:
     """Two rollouts and their rewards, reference, advantages, training."""
     bind, against = functools.partial, ("ref_logprobs",) if hp.kl_coef else ()
     greedy, (role, score) = hp.generate(greedy=True), hp.reward()
-    of_greedy = {key: f"greedy_{key}" for key in greedy.writes}
+    of_greedy: dict[str, Any] = {key: f"greedy_{key}" for key in greedy.writes}
     read = {key: of_greedy[key] for key in score.reads}
     reference = call("reference", hp.infer(), logprobs="ref_logprobs")
     estimate = Transform(
