@@ -193,6 +193,20 @@ def test_pass_at_k_counts_prompts_of_which_a_completion_passes(sft):
     np.testing.assert_allclose(measured(metrics, "eval/pass@2"), wanted.mean(axis=1))
 
 
+@pytest.mark.slow
+def test_trials_elsewhere_find_the_same(sft, world, tmp_path):
+    found, _, _ = sft
+    config = judged_sft(world, verifier(tmp_path))
+    with config.evaluation.ignore_type():
+        config.evaluation.allocation = "t2@4-5"
+    elsewhere = train(config, tmp_path / "run").metrics
+    for name, values in found.metrics.items():
+        if name.startswith("eval/"):
+            np.testing.assert_allclose(
+                elsewhere[name], values, rtol=1e-4, atol=1e-5, err_msg=name
+            )
+
+
 def test_a_judge_scores_what_it_is_shown(world, tmp_path):
     config = to_dataclass(RunConfig, _plain(judged_sft(world, verifier(tmp_path))))
     console = Console(file=io.StringIO())
