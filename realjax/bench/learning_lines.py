@@ -106,7 +106,7 @@ class Line:
     held_out: str = ""
     samples: bool = True
     learning_rate: float = 1e-3
-    steps: int = 100
+    steps: int = 150
     batch_size: int = 16
     begins_new: tuple[str, ...] = ()
     begins_right: tuple[str, ...] = ()
@@ -191,7 +191,7 @@ LINES = (
     _preferred("simpo", hp=SIMPO, **FROM_NOTHING),
     _preferred("orpo", "orpo", **FROM_NOTHING),
     _preferred("kto", "kto", data="labels", batch_size=64),
-    _scored("online_dpo", "online_dpo", learning_rate=3e-4, steps=120),
+    _scored("online_dpo", "online_dpo", learning_rate=3e-4),
     Line(
         name="distillation",
         algorithm="distillation",
@@ -210,7 +210,7 @@ LINES = (
         algorithm="distillation",
         hp={"is_on_policy": True},
         batch_size=64,
-        steps=120,
+        steps=150,
         begins_right=("teacher",),
         measure=RULE,
     ),
