@@ -11,6 +11,7 @@ rewards_N    PPO of 7B with as many reward models as make N calls
 
 import dataclasses
 import re
+from typing import Any
 
 from realjax.algorithms import ppo
 from realjax.dataflow.graph import DataflowGraph, call
@@ -132,7 +133,7 @@ def _grpo() -> DataflowGraph:
 
 def _remax() -> DataflowGraph:
     greedy = Generate(sampling=dataclasses.replace(_SAMPLING, temperature=0.0))
-    renamed = {key: f"greedy_{key}" for key in greedy.writes}
+    renamed: dict[str, Any] = {key: f"greedy_{key}" for key in greedy.writes}
     scores = Infer(output="scores")
     return DataflowGraph(
         rollout=call("policy", Generate(sampling=_SAMPLING)),
