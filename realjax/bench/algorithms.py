@@ -282,7 +282,7 @@ def config_of(line: Line, data: pathlib.Path, steps: int = 0) -> RunConfig:
         tokenizer=str(data / "tokenizer"),
         model=MODEL,
         optimizer=OptimizerConfig(
-            learning_rate=line.learning_rate, schedule="constant", warmup_fraction=0.0
+            learning_rate=line.learning_rate, schedule="linear", warmup_fraction=0.0
         ),
     )
     graph = module.graph(to_dataclass(module.HYPERPARAMETERS, hp, path="hp"))

@@ -58,7 +58,7 @@ CUTS = {
     "d2f2t2": Cut("d2f2t2"),
     "t4s2": Cut("t4s2", num_rows=4),
     "f8": Cut("f8"),
-    "d2s2t2 microbatches": Cut("d2s2t2", num_rows=4, max_sequences=4),
+    "d2s2t2 microbatches": Cut("d2s2t2", num_rows=4, max_sequences=2),
 }
 """Other ways, which must make no difference."""
 
