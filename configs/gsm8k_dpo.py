@@ -8,7 +8,9 @@
 FOLDER holds paired_train.jsonl and paired_valid.jsonl with {prompt, pos_answers,
 neg_answers}.
 
-Result: not measured.
+Result of 30 steps of 4 pairs on a CPU in float32 at commit ded2a2d, after 80 steps of
+configs/gsm8k_sft.py: the loss of 32 held-out problems' pairs fell from 0.693 to 0.586,
+and their accuracy came to 0.56. GPU: not measured.
 """
 
 from ml_collections import ConfigDict

@@ -11,7 +11,11 @@
 FOLDER holds prompts.jsonl with {prompt, answer}; the answer is the final number. The
 last 256 prompts are held out. `:reward` scores by a reward model.
 
-Result: not measured.
+Result of 30 steps on a CPU in float32 at commit ded2a2d, after 80 steps of
+configs/gsm8k_sft.py, with completions of at most 48 tokens: of 128 completions of 32
+held-out problems none was right before and one after. The model is far too small to
+solve the problems, and RAFT learns from a group's best, though none is right. GPU: not
+measured.
 """
 
 from ml_collections import ConfigDict
