@@ -141,7 +141,14 @@ def valid_json(
         except (ValueError, RecursionError):
             scores.append(0.0)
             continue
-        scores.append(1.0 if validator.is_valid(value) else parsed_score)
+        try:
+            is_valid = validator.is_valid(value)
+        except (
+            RecursionError,
+            OverflowError,
+        ):  # Too deep, or too large, to be checked.
+            is_valid = False
+        scores.append(1.0 if is_valid else parsed_score)
     return scores
 
 

@@ -11,12 +11,21 @@ What holds a program back, by who holds it:
                    own with nothing in it, where the kernel lets an account have one
     the parent     seconds of the clock; the folder it ran in is deleted
     Python         no process, thread, signal, socket or foreign library, and nothing
-                   written outside its folder: an audit hook refuses the calls (PEP 578)
+                   written outside its folder: an audit hook refuses the calls of the
+                   standard library that Python tells it of (PEP 578)
 
 A program that goes wrong is held by these, and so are tricks such as ending with status
 0. They are no prison for one that is written to break out of the interpreter: run what
 an adversary may have trained in a container or a virtual machine. Files that the
-account can read, it can read.
+account can read, it can read; and Python sees only what it audits, so that a foreign
+library, or SQL that attaches another database, writes where the account may.
+
+**A program that tries can forge its verdict.** Its tests call it in its own process, so
+it can answer with objects that equal everything, change a builtin that a test uses, or
+walk the frames above it, read the tests, and tell of them what it likes. Guaranteed all
+the same are the limits of the kernel and of the parent, and that a program passes
+nothing by raising, hanging, ending its process or replacing what runs its tests (exec,
+compile and the like). Such a way of scoring shows in completions: read them.
 """
 
 import concurrent.futures
@@ -25,6 +34,7 @@ import dataclasses
 import json
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,7 +44,16 @@ from typing import Any
 from realjax.data.verifiers import sandbox
 from realjax.data.verifiers.columns import needed_column
 
-_FENCED = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+# A block begins where a line does, or with its mark after text; it ends with as many
+# back ticks, which begin or end a line. So what closes one block opens no other.
+_FENCED = re.compile(
+    r"(?:^[ \t]*(?P<fence>`{3,})[ \t]*(?P<mark>[^`\n]*)"
+    r"|(?P<late>`{3,})(?P<named>python3?|py)[ \t\r]*)\n(?P<text>.*?)"
+    r"(?:^[ \t]*(?:(?P=fence)|(?P=late))(?![`\w])"
+    r"|(?:(?P=fence)|(?P=late))[ \t\r]*$|\Z)",
+    re.DOTALL | re.MULTILINE | re.IGNORECASE,
+)
+_MARKS = ("python", "py", "python3")
 _START_SECONDS = 5.0
 """Of the clock, for the interpreter; a program's own seconds are counted from then."""
 
@@ -101,7 +120,7 @@ def python_tests(
 ) -> list[float]:
     """Scores 1 where the program of a completion passes all its tests, else 0.
 
-    The program is the last block fenced by ```python or ```, else the whole completion.
+    The program is that of `program_of`, the last fenced block of Python.
     A test passes if it ends without an exception; it sees the program's names, and not
     those of other tests. A batch takes up to `seconds` for each completion,
     `num_parallel` at a time: give the reward function a `timeout_seconds` for that.
@@ -146,9 +165,19 @@ def python_tests(
 
 
 def program_of(completion: str) -> str:
-    """The last fenced block of a completion, else all of it."""
-    fenced = _FENCED.findall(completion)
-    return fenced[-1] if fenced else completion
+    """The last fenced block of a completion that is marked as Python.
+
+    Marks are "python", "py" and "python3", in letters of any size. Where none has one,
+    it is the last block without a mark; without such a block, all of the completion.
+    """
+    marked, unmarked = [], []
+    for block in _FENCED.finditer(completion):
+        words = (block["named"] or block["mark"] or "").lower().split()
+        if not words:
+            unmarked.append(block["text"])
+        elif words[0] in _MARKS:
+            marked.append(block["text"])
+    return (marked or unmarked or [completion])[-1]
 
 
 def run_tests(program: str, tests: Sequence[str], limits: Limits) -> Verdict:
@@ -169,7 +198,7 @@ def run_tests(program: str, tests: Sequence[str], limits: Limits) -> Verdict:
         "nonce": nonce,
         "limits": dataclasses.asdict(limits),
     }
-    none_passed = (False,) * len(tests)
+    is_late = False
     with contextlib.ExitStack() as opened:
         folder = opened.enter_context(
             tempfile.TemporaryDirectory(prefix="program_", ignore_cleanup_errors=True)
@@ -191,32 +220,42 @@ def run_tests(program: str, tests: Sequence[str], limits: Limits) -> Verdict:
                 json.dumps(request).encode(), limits.seconds + _START_SECONDS
             )
         except subprocess.TimeoutExpired:
-            error = f"took more than {limits.seconds:g} s"
-            return Verdict(passed=none_passed, error=error)
+            is_late = True
         finally:
             process.kill()
             process.wait()
         answer.seek(0)
         lines = answer.read(1 << 20).decode(errors="replace").splitlines()
-    return _verdict(lines, nonce, len(tests), process.returncode, limits)
+    is_late = is_late or process.returncode == -signal.SIGALRM
+    end = f"ended its process with status {process.returncode}"
+    if is_late:
+        end = f"took more than {limits.seconds:g} s"
+    return _verdict(lines, nonce, len(tests), end, limits)
 
 
 def _verdict(
-    lines: Sequence[str], nonce: str, num_tests: int, status: int, limits: Limits
+    lines: Sequence[str], nonce: str, num_tests: int, end: str, limits: Limits
 ) -> Verdict:
-    """What the lines say that begin with the nonce, which no program is told."""
+    """What the lines say that begin with the nonce; others are no verdict.
+
+    Args:
+        lines: of the file for answers.
+        nonce: which no program is told.
+        num_tests: that there are.
+        end: what is wrong if the lines end before the tests do.
+        limits: that were asked for.
+    """
+    told = re.compile(
+        nonce + " (network|program|test) ([0-9]{1,9}) ([01]) ((?:[0-9a-f]{2})*)"
+    )
     passed, error, has_own_network = [False] * num_tests, "", None
-    for line in lines:
-        if not line.startswith(nonce):
-            continue
-        try:
-            told = json.loads(line[len(nonce) :])
-        except ValueError:  # Cut off where the file ended.
-            continue
-        has_own_network = told.get("has_own_network", has_own_network)
-        error = error or told.get("error", "")
-        if "number" in told:
-            passed[told["number"]] = not told["error"]
+    for match in filter(None, map(told.fullmatch, lines)):
+        what, number, is_good = match[1], int(match[2]), match[3] == "1"
+        error = error or bytes.fromhex(match[4]).decode(errors="replace")
+        if what == "network":
+            has_own_network = is_good
+        elif what == "test" and number < num_tests:
+            passed[number] = is_good
     if limits.needs_network_namespace and has_own_network is False:
         raise RuntimeError(
             "The kernel gives this account no empty network for programs that are "
@@ -224,7 +263,7 @@ def _verdict(
             "where sockets do no harm and leave it out."
         )
     if not error and not all(passed):
-        error = f"ended its process with status {status}"
+        error = end
     return Verdict(
         passed=tuple(passed), error=error, has_own_network=bool(has_own_network)
     )

@@ -95,6 +95,19 @@ def test_json_is_checked_against_its_schema(completion, score):
     assert valid_json(["?"], [completion], schema=as_text, parsed_score=0.25) == [score]
 
 
+@pytest.mark.parametrize(
+    ("completion", "schema"),
+    [
+        ("1" + "0" * 400, {"multipleOf": 0.5}),
+        ("[" * 600 + "]" * 600, {"items": {"$ref": "#"}}),
+    ],
+    ids=["large", "deep"],
+)
+def test_what_cannot_be_checked_is_json_but_not_valid(completion, schema):
+    found = valid_json(["?"], [completion], schema=schema, parsed_score=0.25)
+    assert found == [0.25]
+
+
 def test_each_completion_may_have_its_schema():
     schemas = [{"type": "integer"}, {"type": "string"}, True]
     assert valid_json(["?"] * 3, ["1", "1", "1"], json_schema=schemas) == [1, 0, 1]

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from realjax.data.verifiers import python_tests
+from realjax.data.verifiers import programs, python_tests
 from realjax.data.verifiers.programs import Limits, program_of, run_tests
 
 ADD = "def add(a, b):\n    return a + b\n"
@@ -56,9 +56,17 @@ def test_a_program_may_go_on_where_its_prompt_ends():
         ("```python\na\n```\nthen\n```py\nb\n```", "b\n"),
         ("```\na\n```", "a\n"),
         ("```python\nnever closed", "never closed"),
+        ("```bash\nls\n```\nThen\n```python3\na\n```", "a\n"),
+        ("```Python\na\n```\nIt says:\n```\nb\n```", "a\n"),
+        ("```py title=x\na\n```\nRun\n```bash\nls\n```\nso.", "a\n"),
+        ("```text\nx\n```\n```\na\n```\nDone.", "a\n"),
+        ("```bash\nls\n```", "```bash\nls\n```"),
+        ("Use ```add``` so:\n```python\na\n```", "a\n"),
+        ("1. So: ```PY\na```\nDone.", "a"),
+        ('````python\ns = "```"\n```\n````', 's = "```"\n```\n'),
     ],
 )
-def test_the_program_is_the_last_fenced_block(completion, program):
+def test_the_program_is_the_last_block_of_python(completion, program):
     assert program_of(completion) == program
 
 
@@ -81,8 +89,17 @@ def test_limits_that_nothing_keeps_are_refused():
 def test_a_program_that_sleeps_is_ended():
     began = time.monotonic()
     limits = Limits(seconds=0.5)
-    assert not any(run("import time\ntime.sleep(60)", limits=limits).passed)
+    found = run("import time\ntime.sleep(60)", limits=limits)
+    assert found.passed == (False,) and found.error == "took more than 0.5 s"
     assert time.monotonic() - began < 30
+
+
+def test_a_program_that_ignores_its_alarm_is_ended(monkeypatch):
+    monkeypatch.setattr(programs, "_START_SECONDS", 2.0)
+    program = "import signal, time\nsignal.alarm(0)\n"
+    program += "signal.signal(signal.SIGALRM, signal.SIG_IGN)\n"
+    found = run(program, "pass", "time.sleep(60)", limits=Limits(seconds=0.5))
+    assert found.passed == (True, False) and found.error == "took more than 0.5 s"
 
 
 @pytest.mark.slow
@@ -116,6 +133,19 @@ def test_files_are_small_and_in_their_folder():
         "import os, signal\nos.kill(os.getppid(), signal.SIGTERM)",
         "import threading\nthreading.Thread(target=print).start()",
         "import ctypes",
+        "import _dbm",
+        "import os\nos.open(os.path.dirname('{outside}'), os.O_RDONLY)",
+        "import os\nos.open('..', os.O_RDONLY, dir_fd=os.open('.', os.O_RDONLY))",
+        "import os\nos.remove('{outside}'[1:], dir_fd=os.open('/', os.O_PATH))",
+        "import os\nos.mkdir('../made', dir_fd=os.open('.', os.O_RDONLY))",
+        "import os\nopen('a', 'w').close()\nos.replace('a', '{outside}')",
+        "import os\nos.fchmod(os.open('{outside}', os.O_RDONLY), 0o777)",
+        "import os\nos.symlink('../..', 'link')",
+        "import os\nos.mkfifo('{outside}.pipe')",
+        "import os\nos.pidfd_open(os.getppid())",
+        "import sqlite3\nsqlite3.connect('{outside}')",
+        "import sqlite3\nsqlite3.connect('file:{outside}', uri=True)",
+        "__builtins__.isinstance = lambda *a: False\nopen('{outside}', 'w')",
         "open('{outside}', 'w')",
         "import os\nos.remove('{outside}')",
         "import os\nos.open('{outside}', os.O_CREAT | os.O_WRONLY)",
@@ -130,8 +160,8 @@ def test_what_is_not_allowed_fails(program, tmp_path):
     outside.write_text("kept")
     found = run(program.replace("{outside}", str(outside)))
     assert found.passed == (False,)
-    assert "Refused" in found.error or "Permission" in found.error, found.error
-    assert outside.read_text() == "kept"
+    assert "Refused" in found.error, found.error
+    assert outside.read_text() == "kept" and list(tmp_path.iterdir()) == [outside]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +183,64 @@ def test_a_program_in_a_test_that_ends_the_process_leaves_the_others_their_verdi
     found = run(program, "pass", "f()", "pass")
     assert found.passed == (True, False, False)
     assert "status 0" in found.error
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import builtins\nbuiltins.exec = lambda *a, **k: None",
+        "import builtins\nbuiltins.compile = lambda *a, **k: 'pass'",
+        "import builtins\nbuiltins.isinstance = lambda *a: True",
+        "import builtins\nbuiltins.dict = lambda *a: {}",
+        "import builtins\nbuiltins.BaseException = ZeroDivisionError",
+        "import json\njson.dumps = json._default_encoder.encode = lambda *a: '{}'",
+        "import traceback\ntraceback.TracebackException.format = lambda *a, **k: []",
+        "import __main__\n__main__._run = __main__._runner = lambda *a: ''",
+        "import sys\nfor name in dir(sys.modules['__main__']):\n"
+        "    setattr(sys.modules['__main__'], name, print)",
+    ],
+    ids=lambda text: text.split("\n")[1][:32],
+)
+def test_what_a_program_replaces_makes_no_test_pass(program):
+    assert run(program, "assert False", "1 / 0").passed == (False, False)
+
+
+def test_errors_without_a_name_or_a_text_are_errors():
+    program = "E = type('', (Exception,), {'__module__': 'builtins'})\n"
+    program += "import traceback\ntraceback.print_list = None\n"
+    program += "traceback.TracebackException.format = lambda *a, **k: []\n"
+    assert run(program, "raise E()").passed == (False,)
+
+
+def test_programs_are_modules_as_others_are():
+    program = (
+        "from __future__ import annotations\nimport dataclasses, typing\n"
+        "@dataclasses.dataclass\nclass Point:\n"
+        "    x: int\n    made: typing.ClassVar[int] = 3\n"
+    )
+    tests = (
+        "assert Point(1) == Point(x=1) and Point.made == 3",
+        "import pickle\nassert pickle.loads(pickle.dumps(Point(2))).x == 2",
+        "from program import Point as same\nassert same is Point",
+        "assert typing.get_type_hints(Point)['x'] is int",
+    )
+    assert run(program, *tests).passed == (True,) * 4
+
+
+def test_libraries_do_without_the_modules_that_are_refused():
+    program = (
+        "import shelve\nwith shelve.open('kept') as kept:\n    kept['a'] = 1\n"
+        "import sqlite3\nfor name in (':memory:', 'a.db'):\n"
+        "    sqlite3.connect(name).execute('create table t (a)')\n"
+        "try:\n    import ctypes\nexcept ImportError:\n    found = True\n"
+        "import os, shutil, tempfile\n"
+        "with tempfile.TemporaryDirectory() as folder:\n"
+        "    os.makedirs(folder + '/a/b')\n    os.symlink('a', folder + '/c')\n"
+        "place = os.open('.', os.O_RDONLY)\n"
+        "os.mkdir('d', dir_fd=place)\nos.rmdir('d', dir_fd=place)\n"
+    )
+    found = run(program, "assert found and not os.path.exists(folder)")
+    assert found.passed == (True,), found.error
 
 
 def test_nothing_is_left_of_a_program(tmp_path, monkeypatch):
@@ -180,3 +268,55 @@ def test_an_empty_network_can_be_required():
     else:
         with pytest.raises(RuntimeError, match="no empty network"):
             run("pass", limits=limits)
+
+
+def sandbox_where(kernel, folder, monkeypatch):
+    """The sandbox with another `_has_left`, as where a kernel gives less."""
+    text = pathlib.Path(programs.sandbox.__file__).read_text()
+    begin = "def _main(answers: int) -> None:\n"
+    assert begin in text
+    lines = f"    had_left = _has_left\n    globals()['_has_left'] = {kernel}\n"
+    file = folder / "sandbox.py"
+    file.write_text(text.replace(begin, begin + lines))
+    monkeypatch.setattr(programs.sandbox, "__file__", str(file))
+
+
+def test_without_an_empty_network_no_program_is_run(tmp_path, monkeypatch):
+    sandbox_where("lambda kinds: False", tmp_path, monkeypatch)
+    assert run("pass").passed == (True,) and not run("pass").has_own_network
+    ends = []
+
+    def verdict(lines, nonce, num_tests, end, limits):
+        ends.append(end)
+        return judge(lines, nonce, num_tests, end, limits)
+
+    judge = programs._verdict
+    monkeypatch.setattr(programs, "_verdict", verdict)
+    limits = Limits(needs_network_namespace=True)
+    with pytest.raises(RuntimeError, match="no empty network"):
+        run("import os\nos._exit(7)", limits=limits)
+    # Not 7: the program did not come to its end.
+    assert ends == ["ended its process with status 0"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="Only root can become another account.")
+def test_root_becomes_nobody_where_only_users_get_a_network(tmp_path, monkeypatch):
+    secret = tmp_path / "secret"
+    secret.write_text("kept")
+    secret.chmod(0o600)
+    program = f"open('a', 'w').write('1')\nopen({str(secret)!r})"
+    found = run(program)
+    if found.passed == (True,):
+        pytest.skip("Nobody can read this Python, so root stays root.")
+    kernel = "lambda kinds: kinds != os.CLONE_NEWNET and had_left(kinds)"
+    sandbox_where(kernel, tmp_path, monkeypatch)
+    again = run(program)
+    assert again.passed == (False,) and "Permission denied" in again.error
+
+
+def test_lines_that_are_no_answers_are_no_verdict():
+    lines = ["n test 0 1 ", "n test 7 1 ", "n test 1 2 ", "m test 1 1 ", "n test 1 1 f"]
+    lines += ["n", "n {}", "n test -1 1 ", "n test 1 1 zz", "n network 0 1 "]
+    found = programs._verdict(lines, "n", 2, "ended", Limits())
+    assert found.passed == (True, False) and found.error == "ended"
+    assert found.has_own_network
