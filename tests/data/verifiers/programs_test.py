@@ -160,7 +160,8 @@ def test_what_is_not_allowed_fails(program, tmp_path):
     outside.write_text("kept")
     found = run(program.replace("{outside}", str(outside)))
     assert found.passed == (False,)
-    assert "Refused" in found.error, found.error
+    # Of an account that may less, the kernel refuses some of it.
+    assert "Refused" in found.error or "Permission" in found.error, found.error
     assert outside.read_text() == "kept" and list(tmp_path.iterdir()) == [outside]
 
 
