@@ -65,7 +65,7 @@ from realjax.runtime.given_plans import (
     wishes_of,
 )
 from realjax.runtime.plan_choice import Setting, padded_roles
-from realjax.runtime.planning import described_setting
+from realjax.runtime.planning import described_setting, of_steps
 from realjax.runtime.run_config import RunConfig
 
 _GIB = 2**30
@@ -141,7 +141,8 @@ class Planning:
         Raises:
             ValueError: a role without a known model, or a call that fits nowhere.
         """
-        self.values, self.config = values, run_config(values.config.to_dict())
+        self.values = values
+        self.config = of_steps(run_config(values.config.to_dict()))
         self.setting: Setting = described_setting(
             self.config,
             cluster,

@@ -26,7 +26,7 @@ from realjax.runtime.described import (
 )
 from realjax.runtime.given_plans import given_plan, microbatch_tokens
 from realjax.runtime.plan_choice import Setting, choose_plan, lengths_of
-from realjax.runtime.run import make_graph
+from realjax.runtime.run import make_graph, stored_calls
 from realjax.runtime.run_config import RunConfig
 
 
@@ -45,6 +45,7 @@ def described_plan(
         ValueError: a plan that cannot be, a role without a known model, or a call that
             fits nowhere.
     """
+    config = of_steps(config, algorithm)
     given = given_plan(config, make_graph(config, algorithm), cluster)
     if given is not None:
         return given
@@ -73,6 +74,7 @@ def described_setting(
     Raises:
         ValueError: a role without a known model.
     """
+    config = of_steps(config, algorithm)
     graph = make_graph(config, algorithm)
     prompt_width, width = described_widths(graph, config.data)
     work = Work(
@@ -93,6 +95,16 @@ def described_setting(
         cluster=cluster,
         limit_bytes=int(config.memory_gib * GIB) or limit_bytes,
     )
+
+
+def of_steps(config: RunConfig, algorithm: Any = None) -> RunConfig:
+    """Return the config without what it says of calls that run once, before all steps.
+
+    Args:
+        config: of the run.
+        algorithm: module or object; None is the one that the config names.
+    """
+    return config.without_calls(stored_calls(config, algorithm))
 
 
 def described_space(

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
+import uuid
 import zipfile
 from typing import Any
 
@@ -152,6 +152,7 @@ def _fingerprint(once: Run, dataset: Dataset) -> str:
                 "model": lasting(role.model),
                 "dtype": role.dtype,
                 "checkpoint": _files(role.config.path) or once.config.seed,
+                "adapters": _files(role.config.lora.path),
             }
             for name, role in once.roles.items()
         },
@@ -181,23 +182,29 @@ def _read(
                 values = {key: found[key] for key in found.files}
             if str(values.pop("fingerprint")) == fingerprint:
                 return values
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            pass
-        console.print(f"{file} is damaged or of other data: it is made anew")
+            fault = "is damaged or of other data"
+        except PermissionError as error:
+            fault = f"cannot be read ({error.strerror})"
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+            fault = "is damaged or of other data"
+        console.print(f"{file} {fault}: it is made anew")
     return None
 
 
 def _write(files: list[pathlib.Path], values: Values, fingerprint: str) -> pathlib.Path:
     """Writes the first of the files that can be written; whole or not at all."""
     for place, file in enumerate(files):
+        # Of a name that no other run has; its mode is that of any new file.
+        partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
         try:
-            with tempfile.NamedTemporaryFile(
-                dir=file.parent, prefix=f".{file.name}.", delete=False
-            ) as partial:
-                np.savez(partial, fingerprint=np.array(fingerprint), **values)  # pyright: ignore[reportArgumentType]: arrays by name
-            os.replace(partial.name, file)
+            with partial.open("xb") as opened:
+                np.savez(opened, fingerprint=np.array(fingerprint), **values)  # pyright: ignore[reportArgumentType]: arrays by name
+            os.replace(partial, file)
             return file
         except OSError:
             if place == len(files) - 1:
                 raise
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
     raise AssertionError("There is a file to write.")

@@ -1,6 +1,7 @@
 """Tests of `realjax/runtime/stored.py`."""
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -8,16 +9,19 @@ import os
 import numpy as np
 import pytest
 
+import realjax
 from realjax.data.tokenizer import Tokenizer
 from realjax.functions.optimizer import OptimizerConfig
-from realjax.functions.role import RoleConfig
-from realjax.models import hf
+from realjax.functions.role import LoraConfig, RoleConfig
+from realjax.models import hf, lora_files
 from realjax.models.config import ModelConfig
+from realjax.models.lora import with_adapters
 from realjax.runtime import stored
 from realjax.runtime.console import Console
 from realjax.runtime.run import prepare
 from realjax.runtime.run_config import EvaluationConfig
 from realjax.testing import tiny_parameters
+from tests.functions.plain import sharp_parameters
 from tests.runtime.small_runs import MODEL, data_config, sft_config, train, write_data
 
 FILES = "*_train.stored-*.npz"
@@ -129,14 +133,33 @@ def test_a_file_is_read_again_and_made_anew_where_it_is_not_right(
     assert file.read_bytes() != whole[:100]
 
 
-@pytest.mark.parametrize("change", ["weights", "dtype", "data"])
+def adapters_of(folder, name):
+    """A folder of adapters for the saved roles."""
+    model = with_adapters(
+        hf.read_config(folder / "reference"), rank=2, alpha=4.0, targets=("q_proj",)
+    )
+    lora_files.save_adapters(folder / name, model, sharp_parameters(model))
+    return LoraConfig(path=str(folder / name))
+
+
+def with_adapters_of(config, lora):
+    roles = dict(config.roles)
+    roles["reference"] = dataclasses.replace(roles["reference"], lora=lora)
+    return dataclasses.replace(config, roles=roles)
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype", "data", "adapters"])
 def test_other_numbers_have_another_file(folder, tmp_path, change):
     config = config_of(folder, "pairs", True)
+    if change == "adapters":
+        config = with_adapters_of(config, adapters_of(folder, "adapters"))
     once = stored._run_once(prepare(config))
     before = stored._fingerprint(once, once.train_data)
     if change == "weights":
         file = next((folder / "reference").glob("*.safetensors"))
         os.utime(file, (0, 0))  # Written at another time.
+    elif change == "adapters":
+        os.utime(folder / "adapters" / lora_files.ADAPTER_FILE, (0, 0))
     elif change == "dtype":
         roles = dict(config.roles)
         roles["reference"] = dataclasses.replace(roles["reference"], dtype="bfloat16")
@@ -167,3 +190,53 @@ def test_where_the_data_cannot_be_written_the_work_folder_is(tmp_path):
     assert stored._read(files, "g", console) is None
     assert "is damaged or of other data" in text.getvalue()
     assert {path.name for path in tmp_path.iterdir()} == {"a.npz"}
+
+
+VALUES = {"ref_logprobs": np.arange(3, dtype=np.float32)}
+
+
+def test_a_file_has_the_mode_of_any_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        file = stored._write([tmp_path / "a.npz"], VALUES, "f")
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_cannot_be_written_leaves_no_part_of_itself(tmp_path, monkeypatch):
+    def full(file, **arrays):
+        file.write(b"begin")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space left"):
+        stored._write([tmp_path / "a.npz"], VALUES, "f")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_may_not_be_read_is_not_said_to_be_damaged(tmp_path, monkeypatch):
+    def refuse(path, *arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    file = stored._write([tmp_path / "a.npz"], VALUES, "f")
+    monkeypatch.setattr(type(file), "open", refuse)  # The superuser may read anything.
+    console, text = show()
+    assert stored._read([file], "f", console) is None
+    found = text.getvalue().replace("\n", "")
+    assert "cannot be read (Permission denied)" in found and "damaged" not in found
+
+
+def test_an_empty_file_is_made_anew(tmp_path):
+    (tmp_path / "a.npz").touch()
+    console, text = show()
+    assert stored._read([tmp_path / "a.npz"], "f", console) is None
+    assert "is damaged or of other data" in text.getvalue()
+
+
+def test_a_plan_is_asked_for_as_a_run_takes_it(folder):
+    # Of a call that no step has.
+    config = config_of(folder, "pairs", True, allocations={"reference": "t2@0-1"})
+    found = realjax.plan(config, 8)
+    assert set(found.calls) == {"train_policy"}
+    assert found.as_dict() == prepare(config).plan.as_dict()
