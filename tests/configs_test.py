@@ -33,14 +33,11 @@ COPIES = (
         "compile_",
         "distillation",
         "gsm8k_dpo",
+        "gsm8k_grpo",
         "gsm8k_raft",
         "gsm8k_rloo",
-        "llama7b_",
-        "online_dpo",
-        "orpo",
-        "raft",
     ),
-    *("reinforce_pp", "rloo"),
+    *("llama7b_", "online_dpo", "orpo", "raft", "reinforce_pp", "remax", "rloo"),
 )
 
 

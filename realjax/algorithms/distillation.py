@@ -30,7 +30,8 @@ class Distillation(Rollouts):
     Attributes:
         num_top: K, the teacher's likeliest tokens at every place.
         rest: what is made of all others, see `rl.distillation.forward_kl`.
-        temperature: divides the logits of both, for the divergence alone.
+        temperature: divides the logits of both, in the divergence and what is reported
+            beside it; completions are drawn as `sampling` says.
         is_on_policy: whether completions are sampled by the policy, or the data's.
     """
 

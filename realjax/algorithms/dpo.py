@@ -45,6 +45,16 @@ class Preference:
         check_least(self, 0, "label_smoothing", "target_margin")
         if not self.beta > 0:
             raise ValueError(f"beta is {self.beta}; it must be above 0.")
+        ignored = {
+            "ipo": ("label_smoothing", "target_margin"),
+            "hinge": ("label_smoothing",),
+        }
+        for name in ignored.get(self.kind, ()):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, and the loss of kind"
+                    f" {self.kind!r} has none. Set it to 0, or choose another kind."
+                )
         if self.label_smoothing >= 0.5:
             raise ValueError(
                 f"label_smoothing is {self.label_smoothing}; where half of the labels"

@@ -91,14 +91,14 @@ def advantages(batch, *, hp: GRPO):
     estimates = rl.advantages.group_relative(
         shaped, counts, group_size=group, is_scaled=hp.scales_advantages
     )
-    metrics["objective/useful_groups"] = Mean.over(estimates != 0, counts)
+    differing = functools.partial(
+        rl.advantages.differing_groups, batch["scores"], counts, group_size=group
+    )
+    metrics["objective/useful_groups"] = Mean.over(differing(), counts)
     learned = mask & ~(is_truncated & hp.filters_truncated)[:, None]
     if hp.oversampling > 1:
         wanted = -(-len(shaped) // (group * hp.oversampling))
-        is_taken = rl.advantages.differing_groups(
-            estimates, counts, group_size=group, num_groups=wanted
-        )
-        learned &= is_taken[:, None]
+        learned &= differing(num_groups=wanted)[:, None]
     outputs = {"advantages": jnp.where(mask, estimates[:, None], 0.0)}
     return outputs | {"learned_mask": learned}, metrics
 

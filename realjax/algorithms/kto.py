@@ -78,7 +78,8 @@ def loss(logprobs, batch, *, hp: KTO):
         desirable_weight=hp.desirable_weight,
         undesirable_weight=hp.undesirable_weight,
     )
-    rewards, is_right = hp.beta * gained, (gained > batch["kl"]) == is_desirable
+    is_ahead = gained > jnp.maximum(batch["kl"], 0.0)  # As the loss has it.
+    rewards, is_right = hp.beta * gained, is_ahead == is_desirable
     return Mean.over(each, is_real), {
         "accuracy": Mean.over(is_right, is_real),
         "rewards/desirable": Mean.over(rewards, is_real & is_desirable),

@@ -57,7 +57,12 @@ def ranking(batch, *, hp: OnlineDPO):
         "objective/scores": Mean.over(batch["scores"], counts),
         "objective/chosen_scores": Mean.over(batch["scores"], is_chosen),
         "objective/rejected_scores": Mean.over(batch["scores"], is_rejected),
-        "objective/useful_groups": Mean.over(is_learned, counts),
+        "objective/useful_groups": Mean.over(
+            rl.advantages.differing_groups(
+                batch["scores"], counts, group_size=hp.completions_per_prompt
+            ),
+            counts,
+        ),
     }
 
 

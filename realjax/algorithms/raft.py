@@ -66,8 +66,9 @@ def selection(batch, *, hp: RAFT):
 def loss(logprobs, batch):
     """-log π(token), a mean over the tokens of what was kept."""
     mask = batch["learned_mask"]
-    metrics = rl.importance.gap(logprobs, batch["old_logprobs"], mask)
-    metrics["policy/entropy_avg"] = Mean.over(batch["entropy"], mask)
+    metrics = {"policy/entropy_avg": Mean.over(batch["entropy"], mask)}
+    if "old_logprobs" in batch:
+        metrics |= rl.importance.gap(logprobs, batch["old_logprobs"], mask)
     return Mean.over(-logprobs, mask), metrics
 
 
@@ -79,9 +80,11 @@ def graph(hp: RAFT) -> DataflowGraph:
         writes=("learned_mask",),
     )
     # Of the whole vocabulary: what was sampled from a part of it is learned by all.
+    # Where the sampler has all of it, too, their log-probabilities are the same thing.
+    is_whole = hp.scored == ("tokens",) and hp.sampling.temperature == 1.0
     train = Train(
         loss=loss,
-        reads=("tokens", "old_logprobs", "learned_mask"),
+        reads=("tokens", *(("old_logprobs",) if is_whole else ()), "learned_mask"),
         only="learned_mask",
         **hp.steps(),
     )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from realjax import rl
 from realjax.core.config import check_least
 from realjax.dataflow import DataflowGraph, call
-from realjax.functions import SAMPLED, Rollouts, Transform
+from realjax.functions import SAMPLED, Delivery, Rollouts, Transform
 from realjax.rl import Mean
 
 
@@ -32,9 +32,15 @@ class ReMax(Rollouts):
     kl_coef: float = 0.05
 
     def __post_init__(self):
-        """Refuses a weight below 0."""
+        """Refuses a weight below 0, and groups: a baseline is of one completion."""
         super().__post_init__()
         check_least(self, 0, "kl_coef")
+        if self.completions_per_prompt != 1 or self.delivery != Delivery():
+            raise ValueError(
+                f"completions_per_prompt is {self.completions_per_prompt} and delivery"
+                f" is {self.delivery}. ReMax sets each completion beside the greedy one"
+                " of its prompt: leave both as they are, or take rloo."
+            )
 
 
 HYPERPARAMETERS = ReMax

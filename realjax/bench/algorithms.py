@@ -134,15 +134,14 @@ def learn(
         Curves of the held-out measure by seed, and whether all end at the bar.
     """
     begin = time.perf_counter()
-    names = ("sft", "right") if line.begins_right else ("sft",)
-    starts = {
-        seed: {name: imitation(line.task, folder, seed, name) for name in names}
-        for seed in seeds
-    }
     curves = {}
     with learner_of(line, folder, steps) as learner:
         for seed in seeds:
-            curves[seed] = learner.run(seed, starts[seed])
+            starts = {
+                name: imitation(line.task, folder, seed, name)
+                for name in line.imitated(learner.checked.graph.roles).values()
+            }
+            curves[seed] = learner.run(seed, starts)
     _forget()
     ends = [curve[-1][1] for curve in curves.values()]
     return {
@@ -216,11 +215,12 @@ class Learner:
     def _begin(self, seed: int, starts: Mapping[str, PyTree]) -> None:
         executor, store = self.executor, self.executor.store
         executor.programs.seed = seed
+        imitated = self.line.imitated(self.checked.roles)
         for index, (name, role) in enumerate(self.checked.roles.items()):
             key = jax.random.fold_in(jax.random.key(seed), index)
             new = transformer.init_parameters(role.model, key)
-            if name not in self.line.begins_new:
-                policy = starts["right" if name in self.line.begins_right else "sft"]
+            if name in imitated:
+                policy = starts[imitated[name]]
                 # A scalar head is new in any case.
                 body = {k: v for k, v in policy.items() if k in new and k != "head"}
                 kept = policy if role.model.head == "language" else new | body

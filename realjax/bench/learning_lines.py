@@ -7,7 +7,7 @@ good and bad answers alike (`Task`), but for those that say otherwise.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from realjax.data.reviews import write_reviews
@@ -119,6 +119,11 @@ class Line:
         """How its data is read."""
         kinds = {"sft": "prompt_answer", "right": "prompt_answer"}
         return kinds.get(self.data, self.data)
+
+    def imitated(self, roles: Iterable[str]) -> dict[str, str]:
+        """Return the file whose imitation each role begins with; new ones have none."""
+        others = [name for name in roles if name not in self.begins_new]
+        return {n: "right" if n in self.begins_right else "sft" for n in others}
 
     def is_reached(self, value: float) -> bool:
         """Tell whether a held-out measurement is good enough."""

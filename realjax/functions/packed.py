@@ -138,15 +138,20 @@ def forward(
                 )
                 found = dict(zip(("top_logprobs", "top_ids"), found, strict=True))
             else:
+                targets = _targets(tokens_RS, batch.get("top_ids"), source)
                 logprobs, entropy_RS = logprobs_lib.token_logprobs(
                     hidden_RSD,
                     kernel,
-                    _targets(tokens_RS, batch.get("top_ids"), source),
+                    targets,
                     segment_ids_RS,
                     kept=_kept_rows(batch.get("kept"), source),
                     linear_logprob=program.partition.linear_logprob,
                     **head,
                 )
+                if targets.ndim == 3:
+                    # A teacher's vocabulary may be padded further than this one.
+                    is_here = targets < config.vocab_size
+                    logprobs = jnp.where(is_here, logprobs, -jnp.inf)
                 found = _by_name(logprobs) | {"entropy": entropy_RS}
         return {name: unpack(value) for name, value in found.items()} | router
 

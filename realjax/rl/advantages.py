@@ -129,26 +129,31 @@ def leave_one_out(
 
 
 def differing_groups(
-    estimates: Float[Array, "B"],
+    scores: Float[Array, "B"],
     counts: Bool[Array, "B"],
     *,
     group_size: int,
-    num_groups: int,
+    num_groups: int | None = None,
 ) -> Bool[Array, "B"]:
     """Tell which completions are of the first groups whose scores differ.
+
+    A group of one is taken for one that does: there is nothing to compare it with.
 
     Source: Yu et al. 2025 (DAPO, dynamic sampling), https://arxiv.org/abs/2503.14476,
     equation 11: groups that are all right or all wrong teach nothing.
 
     Args:
-        estimates: `group_relative` of each completion.
+        scores: one per completion, as they were given: what shapes them would differ.
         counts: False for rows that only pad the batch.
         group_size: completions of a prompt.
-        num_groups: the most groups that are taken.
+        num_groups: the most groups that are taken; None takes all.
     """
-    estimates, counts = _groups(estimates, counts, group_size)
-    differs = (counts & (estimates != 0)).any(axis=1)
-    is_taken = differs & (jnp.cumsum(differs) <= num_groups)
+    scores, counts = _groups(scores, counts, group_size)
+    differs = (counts & (_centred(scores, counts) != 0)).any(axis=1)
+    if group_size == 1:
+        differs = counts[:, 0]
+    most = len(differs) if num_groups is None else num_groups
+    is_taken = differs & (jnp.cumsum(differs) <= most)
     return (counts & is_taken[:, None]).reshape(-1)
 
 

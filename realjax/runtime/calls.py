@@ -211,7 +211,9 @@ class Calls:
                 packings = self.programs.pack(
                     name, lengths, rows, width=width, unit=spec.unit
                 )
-                reports = [program.evaluate(parameters, batch, packings)]
+                reports = []
+                if packings:  # None where there is nothing to learn from.
+                    reports = [program.evaluate(parameters, batch, packings)]
             event.watch(reports)
         return self._train_metrics(node, reports)
 

@@ -373,7 +373,7 @@ def described_model(
         outputs.add(getattr(node.function, "output", "logprobs"))
     head = "language" if outputs & {*LANGUAGE_OUTPUTS} else "scalar"
     if given.path:
-        own = hf.read_config(given.path, family=given.family or None)
+        own = hf.read_config(given.path, family=given.family or None, label=given.label)
         model = dataclasses.replace(own, head=head)
     elif "vocab_size" not in given.model:
         raise ValueError(

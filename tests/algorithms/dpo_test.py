@@ -150,3 +150,18 @@ def test_orpo_is_finite_where_an_answer_is_all_but_certain():
     arrays, hp = as_arrays(batch), orpo.ORPO()
     loss = lambda x: orpo.loss(x, arrays, hp=hp)[0].value()
     assert np.isfinite(jax.value_and_grad(loss)(certain)[1]).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "ipo", "target_margin": 1.0},
+        {"kind": "ipo", "label_smoothing": 0.1},
+        {"kind": "hinge", "label_smoothing": 0.1},
+    ],
+)
+def test_what_a_kind_of_loss_has_not_is_refused(changes):
+    with pytest.raises(
+        ValueError, match=f"the loss of kind '{changes['kind']}' has none"
+    ):
+        dpo.DPO(**changes)

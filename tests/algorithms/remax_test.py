@@ -8,6 +8,7 @@ import pytest
 
 from realjax import rl
 from realjax.algorithms import raft, reinforce_pp, remax, rloo
+from realjax.functions import Delivery
 from tests.algorithms.oracles import as_arrays, check, logprobs_like, ragged
 
 
@@ -153,3 +154,15 @@ def test_reinforce_pp_is_its_formula(group):
     )
     bound = functools.partial(reinforce_pp.policy_loss, hp=hp)
     check(bound, oracle, moved, batch)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"completions_per_prompt": 2},
+        {"delivery": Delivery(token_budget=8, num_carried=1)},
+    ],
+)
+def test_remax_is_of_one_completion_and_its_greedy_one(changes):
+    with pytest.raises(ValueError, match="or take rloo"):
+        remax.ReMax(**changes)

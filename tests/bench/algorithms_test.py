@@ -57,8 +57,8 @@ def test_records_of_the_sorting_task_are_right_and_wrong_as_they_say(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "raft",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in BY_NAME if n != "raft"),
+        "sft",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in BY_NAME if n != "sft"),
     ],
 )
 def test_a_line_runs_from_every_seed_with_the_same_programs(name, tmp_path, capsys):
