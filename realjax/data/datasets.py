@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -146,6 +146,11 @@ class Dataset:
     def length_buckets(self) -> tuple[int, ...]:
         """Widths that its batches of prompts may have."""
         return self._buckets
+
+    @property
+    def numbers(self) -> frozenset[int]:
+        """Numbers of its records in the file, counted from 0."""
+        return frozenset(record.index for record in self._records)
 
     @functools.cached_property
     def mean_length(self) -> float:
@@ -379,7 +384,12 @@ class Dataset:
 
 
 def load_dataset(
-    config: DataConfig, tokenizer: Tokenizer, *, split: str = "train", seed: int = 0
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    only: Collection[int] | None = None,
 ) -> Dataset:
     """Reads, tokenises and checks the records of a file.
 
@@ -388,6 +398,8 @@ def load_dataset(
         tokenizer: Of the models that will read the tokens.
         split: "train" or "valid".
         seed: Of the pairs drawn.
+        only: Numbers of the records in the file that may be used, as `Dataset.numbers`
+            of another kind has them; nothing else is then cut off.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -411,12 +423,14 @@ def load_dataset(
         examples = read_examples(objects, config.kind, tokenizer)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if only is not None:
+        examples = [example for example in examples if example.index in only]
     records = tokenise(examples, tokenizer)
     name = "max_prompt_length" if config.kind == "prompts" else "max_length"
     limit = getattr(config, name)
     kept = keep(records, path, name=name, limit=limit, overlong=config.overlong)
     num_left_out = len(records) - len(kept)
-    if is_cut:
+    if is_cut and only is None:
         if len(kept) <= config.held_out:
             raise ValueError(
                 f"{path} has {len(kept)} records that fit, and `held_out` is "

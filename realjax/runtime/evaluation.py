@@ -55,7 +55,7 @@ def evaluate(
             some and None are given.
     """
     assert run.valid_data is not None
-    config, rewards = run.config, run.config.evaluation.rewards
+    config, rewards = run.config, run.config.evaluation.other_rewards
     size = config.data.valid_batch_size or config.data.batch_size
     rows = executor.calls.rows_here(size * run.valid_data.rows_per_record)
     batches = list(evaluation_batches(run.valid_data, size, rows))

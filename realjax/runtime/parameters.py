@@ -289,6 +289,16 @@ class ParameterStore:
         """Drops the role's copy at a place."""
         del self._copies[role, place.key]
 
+    def keep_bases(self, places: Collection[tuple[str, Place]]) -> None:
+        """Drops bases that stayed elsewhere than at these places.
+
+        Args:
+            places: roles, and where they are needed again.
+        """
+        wanted = {(role, *_base_key(place)) for role, place in places}
+        for key in self._bases.keys() - wanted:
+            del self._bases[key]
+
     def _has_base(self, role: str) -> bool:
         return self.models[role].adapters is not None
 

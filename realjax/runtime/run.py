@@ -332,13 +332,33 @@ def _check_minibatches(graph: DataflowGraph, batch_size: int, rows: int) -> None
 
 
 def _check_rewards(config: RunConfig, graph: DataflowGraph) -> None:
-    """Imports reward functions once, in a process that ends at once."""
+    """Imports reward functions once, in a process that ends at once.
+
+    Raises:
+        ValueError: functions of evaluation have the same name.
+        RewardError: one cannot be imported.
+    """
     scores = [c.function for c in graph.calls.values() if isinstance(c.function, Score)]
-    # One by one: a verifier may be one of the rewards, too.
-    evaluating = [(one,) for one in config.evaluation.functions]
-    for rewards in (*(score.rewards for score in scores), *evaluating):
+    evaluating = config.evaluation.functions
+    _check_names(config, graph)
+    for rewards in (*(score.rewards for score in scores), evaluating):
         if rewards:
             RewardWorkers(rewards).close()
+
+
+def _check_names(config: RunConfig, graph: DataflowGraph) -> None:
+    """Refuses functions of evaluation whose metrics would have the same names."""
+    evaluation = config.evaluation
+    taken = {"scores", "win_rate", *(f"judge/{role}" for role in config.roles)}
+    for function in evaluation.functions:
+        if function.name in taken:
+            raise ValueError(
+                f"config.evaluation has a function named {function.name!r}, and"
+                f" 'eval/{function.name}_mean' is the name of another metric. Give"
+                " each of its rewards, and the verifier, its own `name`; one function"
+                " may be both if all its fields are equal."
+            )
+        taken.add(function.name)
 
 
 def load_parameters(run: Run) -> ParameterStore:

@@ -77,8 +77,13 @@ class EvaluationConfig:
 
     @property
     def functions(self) -> tuple[RewardFunction, ...]:
-        """All Python functions."""
-        return (*self.rewards, *((self.verifier,) if self.verifier else ()))
+        """All Python functions, each once."""
+        return (*self.other_rewards, *((self.verifier,) if self.verifier else ()))
+
+    @property
+    def other_rewards(self) -> tuple[RewardFunction, ...]:
+        """The rewards without the verifier, which may be one of them."""
+        return tuple(reward for reward in self.rewards if reward != self.verifier)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,13 +19,14 @@ from realjax.core.timing import Rate
 from realjax.data.loader import Loader
 from realjax.dataflow.draw import graph_svg
 from realjax.functions.function import Generate
+from realjax.functions.score import RewardError
 from realjax.realloc.links import check_links
 from realjax.runtime import cluster, report, resuming, stored
-from realjax.runtime.agreement import Agreement
 from realjax.runtime.checkpoint import Checkpointer
 from realjax.runtime.console import Console
 from realjax.runtime.evaluation import Evaluation, evaluate, show_change
 from realjax.runtime.executor import Executor
+from realjax.runtime.exports import export, tell_exports
 from realjax.runtime.kept_plan import read_plan, write_plan
 from realjax.runtime.links import plan_links
 from realjax.runtime.measures import call_seconds, to_numbers
@@ -37,7 +38,6 @@ from realjax.runtime.rescue import rescuing
 from realjax.runtime.run import Run, load_parameters, prepare
 from realjax.runtime.run_config import RunConfig
 from realjax.runtime.trials import Trials
-from realjax.runtime.weights import save_weights
 from realjax.runtime.workdir import claim_workdir
 
 WARM_UP_STEPS = 2
@@ -106,6 +106,7 @@ class Trainer:
         own = workdir if self.is_first else workdir / f"process{jax.process_index()}"
         self.profiler = Profiler(run.config.profile_steps, own)
         self.step = self.num_nonfinite = 0
+        self._is_measured = True  # Unless evaluation after the last step failed.
         self.stop_signal: int | None = None  # The same in all processes.
         self._own_signal: int | None = None
         self.samples: dict[str, list[dict]] = {}
@@ -189,9 +190,12 @@ class Trainer:
                 self._warm_up()
                 if config.evaluation.at_start and not benchmark:
                     self.metrics.write(0, self._evaluate("before training"))
+            elif not self._is_measured:
+                self._measure({})
             while not self._is_stopped() and self.step < last:
                 with self._rescuing():
-                    is_epoch_end, num_epochs = self._step(rate)
+                    numbers, is_epoch_end, num_epochs = self._step(rate)
+                self._measure(numbers)
                 if self.step == last or config.checkpoint.is_due(
                     step=self.step,
                     epoch=num_epochs,
@@ -200,7 +204,7 @@ class Trainer:
                 ):
                     self._save()
             if self.step and self.stop_signal is not None:
-                self._save(export=False)
+                self._save(exports=False)
             self.checkpointer.wait()
         if self.stop_signal is not None:
             self.console.print(
@@ -208,7 +212,7 @@ class Trainer:
                 f"{self.step}; the same command goes on from there"
             )
         if self.step >= steps and config.checkpoint.export:
-            self._tell_exports()
+            tell_exports(self.run, self.executor.store, self.workdir, self.console)
         self._finish(benchmark)
         return TrainResult(
             roles=self._models(),
@@ -218,12 +222,12 @@ class Trainer:
         )
 
     def _rescuing(self) -> contextlib.AbstractContextManager[None]:
-        save = lambda: self._save(export=False)
+        save = lambda: self._save(exports=False)
         parts = (self.executor, self.loader, self.checkpointer)
         return rescuing(*parts, save, step=self.step)
 
-    def _step(self, rate: Rate) -> tuple[bool, int]:
-        """One step; returns whether it ended an epoch, and how many are done."""
+    def _step(self, rate: Rate) -> tuple[dict[str, float], bool, int]:
+        """One step: its metrics, whether it ended an epoch, how many are done."""
         begin = time.perf_counter()
         batch, epoch, is_epoch_end = self.loader.next_batch()
         step, watch = self.step + 1, self.executor.watch
@@ -248,12 +252,26 @@ class Trainer:
             self.console.print(text)
         rate.update(tokens=numbers["num_tokens"])
         self.console.step(step, self.run.steps, epoch, numbers, rate)
-        if self._evaluation_is_due():
-            numbers |= self._evaluate(f"step {step}")
-        self.metrics.write(step, {"epoch": epoch} | numbers)
-        self._check_finite(numbers)
         position = int(self.loader.state()["position"])
-        return is_epoch_end, position // len(self.run.train_data)
+        num_epochs = position // len(self.run.train_data)
+        return {"epoch": epoch} | numbers, is_epoch_end, num_epochs
+
+    def _measure(self, numbers: dict[str, float]) -> None:
+        """Evaluates after a step if that is due, and writes its metrics."""
+        failed = None
+        try:
+            if self._evaluation_is_due():
+                numbers |= self._evaluate(f"step {self.step}")
+        except RewardError as error:
+            failed = error
+        self._is_measured = failed is None
+        self.metrics.write(self.step, numbers)
+        self._check_finite(numbers)
+        if failed is not None:
+            if jax.process_count() == 1:  # Else others may be anywhere in it.
+                self._save(exports=False)
+                self.checkpointer.wait()
+            raise failed
 
     def _agree(self, numbers: dict[str, float]) -> dict[str, float]:
         """What all processes know after a step, so that they decide alike.
@@ -344,15 +362,15 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------
 
-    def _save(self, *, export: bool = True) -> None:
+    def _save(self, *, exports: bool = True) -> None:
         """Everything the run needs to go on; written while the next step runs.
 
         The last step's export comes first: where its checkpoint is, so is its export.
         """
         is_last = self.step >= self.run.steps
-        has_export = export and self.run.config.checkpoint.export
+        has_export = exports and self.run.config.checkpoint.export
         if has_export and is_last:
-            self._export()
+            export(self.run, self.executor.store, self.workdir)
         self.checkpointer.save(
             self.step,
             resuming.saved_arrays(self.executor),
@@ -361,11 +379,12 @@ class Trainer:
                 "num_nonfinite": self.num_nonfinite,
                 "plan": self.run.plan.as_dict(),
                 "samples": self.samples,
+                "is_measured": self._is_measured,
                 **resuming.saved_notes(self.executor),
             },
         )
         if has_export and not is_last:
-            self._export()
+            export(self.run, self.executor.store, self.workdir)
         self._saved_seconds = time.monotonic()
 
     def _restore(self) -> None:
@@ -379,26 +398,8 @@ class Trainer:
         self.step = found.step
         self.num_nonfinite = found.metadata["num_nonfinite"]
         self.samples = found.metadata["samples"]
+        self._is_measured = found.metadata.get("is_measured", True)
         self.console.print(f"resumed from the checkpoint of step {self.step}")
-
-    def _export(self) -> None:
-        """Trained roles, and those that follow them, as Hugging Face folders."""
-        run, store = self.run, self.executor.store
-        for name in run.graph.changed_roles:
-            folder = self._export_folder(name)
-            save_weights(folder, run.roles[name], store, run.tokenizer)
-
-    def _tell_exports(self) -> None:
-        """Where the exports are; writes those that are not there."""
-        folders = {r: self._export_folder(r) for r in self.run.graph.changed_roles}
-        are_there = lambda: all(folder.exists() for folder in folders.values())
-        if not Agreement("exports that are there").decide(are_there):
-            self._export()
-        for role, folder in folders.items():
-            self.console.print(f"exported {role} to {folder}")
-
-    def _export_folder(self, role: str) -> pathlib.Path:
-        return self.workdir / "export" / role
 
     # -- around it -----------------------------------------------------------------
 
@@ -432,6 +433,7 @@ class Trainer:
                 tokenizer=self.run.tokenizer,
             )
             for name, role in self.run.roles.items()
+            if name in self.run.graph.roles  # Trials alone use the others.
         }
 
     def _finish(self, benchmark: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from realjax.data.datasets import Dataset, load_dataset
 from realjax.dataflow.graph import DataflowGraph, ModelFunctionCall, call
 from realjax.dataflow.plan import CallPlan, ExecutionPlan, planned
-from realjax.dataflow.schedule import Part, Place, home_places
+from realjax.dataflow.schedule import Part, Place, home_places, place_of
 from realjax.functions.function import Generate, Infer, Train
 from realjax.functions.role import Role
 from realjax.models.config import ModelConfig
@@ -151,12 +151,30 @@ def _place(node: ModelFunctionCall, training: ExecutionPlan, wish: str) -> CallP
         )
     offloads = is_extra or "offload" in found.allocation.options
     options = frozenset({"offload"} if offloads else ())
-    place = CallPlan(allocation=dataclasses.replace(allocation, options=options))
+    place = CallPlan(
+        allocation=dataclasses.replace(allocation, options=options),
+        weights=_weights(node, name, training),
+    )
     if not is_same or wish:
         return place
     return dataclasses.replace(
         place, rows=found.rows, pages=found.pages, kv_dtype=found.kv_dtype
     )
+
+
+def _weights(node: ModelFunctionCall, like: str, training: ExecutionPlan) -> str:
+    """Those that the role has, or all that is sampled: roles are compared by them."""
+    graph, kept = training.graph, training.calls[like].weights
+    if kept and graph.calls[like].role == node.role:
+        return kept
+    if not isinstance(node.function, Generate):
+        return ""
+    sampled = [
+        call.weights
+        for name, call in training.calls.items()
+        if isinstance(graph.calls[name].function, Generate)
+    ]
+    return sampled[0] if sampled else ""
 
 
 def trial_roles(
@@ -209,6 +227,7 @@ def with_trials(
         plan = trial_plan(graph, run.plan, run.config.evaluation)
         for name, node in graph.calls.items():
             _check_fit(name, plan.calls[name].allocation, roles[node.role or ""])
+        _check_weights(run, graph, plan)
         own = {name: roles[name] for name in graph.roles}
         width = sequence_width(
             graph, own, [data], sampling="config.evaluation.sampling"
@@ -227,12 +246,35 @@ def _check_fit(name: str, allocation: Allocation, role: Role) -> None:
         raise ValueError(text) from error
 
 
+def _check_weights(run: "Run", graph: DataflowGraph, plan: ExecutionPlan) -> None:
+    """Refuses to move a role that has whole numbers alone."""
+    dtypes = {name: role.dtype for name, role in run.roles.items()}
+    homes = home_places(run.graph, run.plan, dtypes)
+    for name, node in graph.calls.items():
+        home = homes.get(node.role or "")
+        if home is None or not home.weights:
+            continue
+        place = place_of(graph, plan, dtypes, name)
+        if place.key != home.key:
+            raise ValueError(
+                f"config.evaluation takes the role {node.role!r} to {place} for"
+                f" {name}, and its weights are {home.weights} at"
+                f" {home.allocation}, from where they do not move. Leave"
+                " config.evaluation.allocation out, or the weights of the role."
+            )
+
+
 def _held_out_prompts(run: "Run") -> Dataset:
     if run.valid_data is not None and run.valid_data.kind == "prompts":
         return run.valid_data
-    prompts = dataclasses.replace(run.config.data, kind="prompts")
+    prompts, only = dataclasses.replace(run.config.data, kind="prompts"), None
+    if run.valid_data is not None and not prompts.valid_path:
+        # As prompts other records fit, and the last of those may be trained on.
+        only = run.valid_data.numbers
     try:
-        return load_dataset(prompts, run.tokenizer, split="valid", seed=run.config.seed)
+        return load_dataset(
+            prompts, run.tokenizer, split="valid", seed=run.config.seed, only=only
+        )
     except ValueError as error:
         raise ValueError(f"config.evaluation completes prompts: {error}") from error
 

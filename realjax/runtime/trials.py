@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from realjax.data.loader import evaluation_batches
+from realjax.dataflow.schedule import Move
 from realjax.functions.function import Generate
 from realjax.functions.score import RewardFunction, RewardWorkers
 from realjax.rl import estimates
@@ -84,7 +85,7 @@ class Trials:
 
     def _functions(self) -> tuple[RewardFunction, ...]:
         """The verifier; rewards too, where a step's own evaluation has no texts."""
-        verifier, rewards = self.evaluation.verifier, self.evaluation.rewards
+        verifier, rewards = self.evaluation.verifier, self.evaluation.other_rewards
         calls = self.run.graph.calls.values()
         if any(isinstance(node.function, Generate) for node in calls):
             rewards = ()
@@ -128,6 +129,13 @@ class Trials:
                     samples += samples_of(texts, shown, every=self._num_completions)
                 advance()
         executor.programs.drop_pools()
+        training = self.training
+        moves = [
+            (step.role, step.place)
+            for step in (*training.first_steps, *training.steps)
+            if isinstance(step, Move)
+        ]
+        training.store.keep_bases(moves)  # What trials alone need comes anew.
         return Completed(
             judged=self._by_prompt(judged) if judged else None,
             scores={name: self._by_prompt(parts) for name, parts in scores.items()},

@@ -1,5 +1,6 @@
 """Tests of `realjax/data/datasets.py`."""
 
+import dataclasses
 import json
 import logging
 
@@ -449,6 +450,29 @@ def test_held_out_records_are_the_last_and_no_others(tmp_path):
         "number 8",
         "number 9",
     ]
+
+
+def test_prompts_may_be_of_given_records_alone(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    # As answers, record 3 is too long; as prompts, record 4 is.
+    answers = ["a"] * 3 + ["a" * 40] + ["a"]
+    prompts = ["a"] * 4 + ["a" * 20]
+    lines = [
+        json.dumps({"prompt": prompt, "answer": answer}) + "\n"
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    path.write_text("".join(lines))
+    limits = {"max_length": 32, "max_prompt_length": 8, "held_out": 2}
+    config = DataConfig(path=str(path), kind="prompt_answer", **limits)
+    tokenizer = Tokenizer.train(["b"], vocab_size=280)
+    held_out = load_dataset(config, tokenizer, split="valid")
+    assert held_out.numbers == {2, 4}
+    prompts = dataclasses.replace(config, kind="prompts")
+    only = held_out.numbers
+    found = load_dataset(prompts, tokenizer, split="valid", only=only)
+    assert found.numbers == {2}
+    # By themselves, two of those that were learned from would be the last.
+    assert load_dataset(prompts, tokenizer, split="valid").numbers == {2, 3}
 
 
 def test_holding_out_everything_is_refused(tmp_path):

@@ -142,6 +142,18 @@ def test_a_call_where_the_role_lives_shares_its_base():
     jax.tree.map(lambda a, b: np.testing.assert_(a is not b), found[0], home[0])
 
 
+def test_bases_at_other_places_than_given_ones_are_dropped():
+    store, config = store_of()
+    place = Place(Allocation.parse(ROLLOUT), "float32")
+    trained, base = map(num_bytes, split(store.at_home("policy"), config))
+    sent = []
+    for places in ([("policy", place)], [], []):
+        sent.append(moved_bytes(store, place)[0])
+        store.release("policy", place)
+        store.keep_bases(places)
+    assert sent == [trained + base, trained, trained + base]
+
+
 def test_a_role_that_is_offloaded_keeps_no_base_elsewhere():
     store, config = store_of(basing=(), resting=[("policy", "parameters")])
     place, traffic = Place(Allocation.parse(ROLLOUT), "float32"), Traffic()

@@ -153,6 +153,34 @@ def test_what_was_learned_since_the_last_checkpoint_is_saved(
     check_same_arrays(saved_arrays(found, 4), saved_arrays(wanted, 4))
 
 
+@pytest.mark.parametrize("num_steps", [pytest.param(4, marks=pytest.mark.slow), 3])
+def test_what_was_learned_is_saved_if_a_reward_of_the_evaluation_fails(
+    world, tmp_path, num_steps
+):
+    (tmp_path / "good.py").write_text(GOOD)
+    workdirs = {}
+    for name in ("whole", "broken"):
+        file, workdir = tmp_path / f"{name}.py", tmp_path / name
+        file.write_text(FLAKY)
+        config = rewarded_config(world, tmp_path / "good.py")
+        config.steps, config.checkpoint.every_steps = num_steps, 0
+        config.data.held_out = 3
+        config.evaluation.every_steps, config.evaluation.at_end = 1, True
+        config.evaluation.rewards = ({"fn": f"{file}:score"},)
+        if name == "broken":
+            file.with_suffix(".broken").touch()
+            break_off(config, workdir)  # After the third step; of 3 it is the last.
+            check_step(workdir, 3)
+            with pytest.raises(RewardError):
+                train(config, workdir)  # It is not mended yet.
+            file.with_suffix(".broken").unlink()
+        assert train(config, workdir).is_finished
+        workdirs[name] = workdir
+    found, wanted = (workdirs[name] for name in ("broken", "whole"))
+    check_same_metrics(found, wanted)
+    check_same_arrays(*(saved_arrays(one, num_steps) for one in (found, wanted)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hangs", "nan", "count", "type", "memory", "exits"])
 def test_ppo_stops_at_each_fault_of_a_reward_function(world, tmp_path, name):

@@ -1,6 +1,7 @@
 """Win rates and pass@k: what they are, that they change nothing, where they run."""
 
 import contextlib
+import dataclasses
 import io
 import json
 
@@ -127,6 +128,7 @@ def judged_sft(world, path):
     with config.evaluation.ignore_type():
         config.evaluation.judge = "reward"
         config.evaluation.verifier = f"{path}:odd"
+        config.evaluation.rewards = (f"{path}:odd",)  # The same one: taken once.
         config.evaluation.completions_per_prompt = 4
         config.evaluation.pass_at = (1, 2, 4)
         config.evaluation.sampling = {"max_new_tokens": 8}
@@ -141,6 +143,7 @@ def sft(world, tmp_path_factory):
     config = judged_sft(world, path)
     with config.evaluation.ignore_type():
         config.evaluation.judge, config.evaluation.verifier = "", None
+        config.evaluation.rewards = ()
     return with_trials, train(config, workdir / "without"), path
 
 
@@ -149,6 +152,7 @@ def test_trials_change_nothing_of_a_run(sft):
     for name, values in wanted.metrics.items():
         if not name.startswith(("perf/", "timing_s/")):
             np.testing.assert_array_equal(found.metrics[name], values, err_msg=name)
+    assert found.roles.keys() == wanted.roles.keys() == {"policy"}
     found, wanted = (one.roles["policy"].parameters for one in (found, wanted))
     np.testing.assert_array_equal(found["embedding"], wanted["embedding"])
 
@@ -263,6 +267,82 @@ def test_an_allocation_may_be_given(world):
     assert found == {"rollout": "d2@0-1", "judge": "d2@0-1+offload"}
 
 
+def weights_of_trials(world, *, judge="gold", allocation="", **weights):
+    """By the role that completes, what its rollout and its judge take."""
+    config = to_dataclass(RunConfig, _plain(ppo_config(world)))
+    graph = make_graph(config)
+    evaluation = EvaluationConfig(judge=judge, allocation=allocation)
+    data = dataclasses.replace(config.data, held_out=1)
+    config = dataclasses.replace(config, evaluation=evaluation, data=data)
+    training = make_plan(graph, num_devices=8, **weights)
+    found = {}
+    for role, one in trial_graphs(config, graph).items():
+        calls = trial_plan(one, training, evaluation).calls
+        found[role] = (calls["rollout"].weights, calls["judge"].weights)
+    return found
+
+
+def test_all_that_complete_take_the_weights_of_the_rollout(world):
+    found = weights_of_trials(world, weights={"rollout": "int8"})
+    assert found == {"policy": ("int8", ""), "reference": ("int8", "")}
+
+
+def test_a_frozen_role_keeps_its_weights(world):
+    own = {"reference": "int8", "reward": "float8_e4m3fn"}
+    found = weights_of_trials(world, judge="reward", role_weights=own)
+    assert found == {
+        "policy": ("", "float8_e4m3fn"),
+        "reference": ("int8", "float8_e4m3fn"),
+    }
+
+
+@pytest.mark.slow
+def test_a_judge_in_8_bits_judges(world, tmp_path):
+    config = ppo_config(world)
+    config.data.held_out, config.steps = 3, 1
+    config.evaluation.judge = "reward"
+    config.roles.reward.weights = "int8"
+    config.weights = {"rollout": "int8"}
+    config.roles.reference.weights = "int8"
+    metrics = train(config, tmp_path / "run").metrics
+    assert metrics["eval/win_rate"][0] == 0.5
+    np.testing.assert_allclose(
+        measured(metrics, "eval/judge/policy_mean"),
+        measured(metrics, "eval/scores_mean"),
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.slow
+def test_the_base_of_a_trial_alone_is_dropped_after_it(world, tmp_path):
+    config = judged_sft(world, verifier(tmp_path))
+    with config.evaluation.ignore_type():
+        config.evaluation.allocation = "t2@4-5"
+    config.roles.policy.lora.rank = 2
+    config = to_dataclass(RunConfig, _plain(config))
+    console = Console(file=io.StringIO())
+    with contextlib.closing(Trainer(prepare(config), tmp_path / "run", console)) as one:
+        assert "policy" in one.executor.store.basing
+        one.train()
+        assert not one.executor.store._bases
+
+
+def test_prompts_of_trials_are_held_out_records_alone(world, tmp_path):
+    # As answers record 6 is too long, and as prompts record 7 is: by themselves, the
+    # last two prompts would be 5 and 6.
+    lines = [{"prompt": "the cat", "answer": " and ran"} for _ in range(8)]
+    lines[6]["answer"] *= 73
+    lines[7]["prompt"] *= 9
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = judged_sft(world, verifier(tmp_path))
+    config.data.path, config.data.held_out = str(path), 2
+    config.data.max_length, config.data.max_prompt_length = 72, 8
+    run = prepare(to_dataclass(RunConfig, _plain(config)))
+    assert run.valid_data.numbers == {5, 7}
+    assert run.trials["policy"].data.numbers == {5}
+
+
 def test_roles_of_trials_are_no_part_of_what_two_runs_share(world, tmp_path):
     config = judged_sft(world, verifier(tmp_path))
     values = _plain(config)
@@ -278,6 +358,8 @@ def test_roles_of_trials_are_no_part_of_what_two_runs_share(world, tmp_path):
         ({"judge": "gold"}, "config.evaluation uses the role 'gold'"),
         ({"judge": "reference"}, "takes the role 'reference' for judge"),
         ({"verifier": "nowhere.py:f"}, "There is no file"),
+        ({"verifier": "json:loads", "rewards": ("a.py:loads",)}, "named 'loads'"),
+        ({"rewards": ({"fn": "json:loads", "name": "scores"},)}, "named 'scores'"),
         ({"judge": "reward", "allocation": "t8"}, "tensor=8 does not divide"),
     ],
 )
