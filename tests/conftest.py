@@ -4,10 +4,12 @@ The environment is set here, before anything imports jax; programs that a test s
 inherit it. While the tests run, every function of ours checks its annotations.
 """
 
+import gc
 import os
 import pathlib
 import random
 import sys
+from collections.abc import Iterator
 
 import jaxtyping
 import numpy as np
@@ -84,6 +86,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+_MOST_MAPS = 24_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs() -> Iterator[None]:
+    """Drops compiled programs before a process has as many as the kernel lets it map.
+
+    Each takes some mappings of memory, of which Linux gives a process 65530; to load
+    one beyond them ends the process.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

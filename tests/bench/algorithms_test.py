@@ -77,5 +77,6 @@ def test_a_line_runs_from_every_seed_with_the_same_programs(name, tmp_path, caps
 )
 def test_a_line_reaches_its_bar(name, tmp_path):
     line = BY_NAME[name]
-    found = algorithms.learn(line, tmp_path, [0])
+    steps = 60 if line.name == "rloo" else 0  # A sample, of every `make test`.
+    found = algorithms.learn(line, tmp_path, [0], steps=steps)
     assert line.is_reached(found["curves"][0][-1][1]), found["curves"]
