@@ -150,8 +150,9 @@ def forward(
                 )
                 if targets.ndim == 3:
                     # A teacher's vocabulary may be padded further than this one.
-                    is_here = targets < config.vocab_size
-                    logprobs = jnp.where(is_here, logprobs, -jnp.inf)
+                    is_beyond = targets >= config.vocab_size
+                    is_scored = positions_RS[..., None] > 0
+                    logprobs = jnp.where(is_beyond & is_scored, -jnp.inf, logprobs)
                 found = _by_name(logprobs) | {"entropy": entropy_RS}
         return {name: unpack(value) for name, value in found.items()} | router
 

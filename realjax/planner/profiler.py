@@ -212,7 +212,9 @@ def draw_calls(
         needs = quantities(probe.work, probe.allocation, cluster)
         yield Measurable(str(probe), needs, lambda probe=probe: make_runner(probe))
         if kind == CALL_KINDS[-1]:
-            other = draw_probe("infer", cluster, scale, generator).allocation
+            other = _draw_allocation(
+                *(probe.model, cluster, generator), num_rows=probe.num_rows
+            )
             if generator.random() < 0.5:
                 last = range(cluster.num_devices - other.size, cluster.num_devices)
                 other = dataclasses.replace(other, devices=tuple(last))
@@ -246,18 +248,11 @@ def draw_probe(
         mlp_width=width * int(pick((2, 4))),
         head="language" if kind == "generate" else pick(("language", "scalar")),
     )
-    size = int(pick(range_sizes(cluster)))
-    found = list(
-        strategies(
-            *(size, model, cluster),
-            num_rows=num_rows,
-            is_generating=kind == "generate",
-        )
-    )
+    limits = {"num_rows": num_rows, "is_generating": kind == "generate"}
     return Probe(
         kind=kind,
         model=model,
-        allocation=pick(found),
+        allocation=_draw_allocation(model, cluster, generator, **limits),
         num_rows=num_rows,
         prompt_tokens=int(pick(scale.prompt_tokens)),
         new_tokens=int(pick(scale.new_tokens)),
@@ -265,6 +260,15 @@ def draw_probe(
         num_updates=int(pick((1, 2, 4))) if kind == "train" else 1,
         dtype=scale.dtype,
     )
+
+
+def _draw_allocation(
+    model: ModelConfig, cluster: Cluster, generator: np.random.Generator, **limits: Any
+) -> Allocation:
+    """Draw a number of devices and a strategy of the model, on the first of them."""
+    size = int(generator.choice(range_sizes(cluster)))
+    found = list(strategies(size, model, cluster, **limits))
+    return found[generator.integers(len(found))]
 
 
 def _moved(source: Probe, destination: Allocation, cluster: Cluster) -> Measurable:

@@ -64,6 +64,16 @@ def test_at_the_reference_the_gradient_is_a_quarter_of_beta_up_or_down():
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
+def test_right_is_which_side_of_the_clipped_divergence_a_gain_is_on():
+    # Gains of 0.1 a token, at least one token: above 0, and above a KL that is below.
+    _, batch = labels(kl=-0.7)
+    arrays = as_arrays(batch)
+    for shift, is_ahead in ((0.1, True), (-0.1, False)):
+        _, metrics = kto.loss(arrays["ref_logprobs"] + shift, arrays, hp=HP)
+        expected = np.mean(IS_DESIRABLE == is_ahead)
+        np.testing.assert_allclose(metrics["accuracy"].value(), expected, rtol=1e-6)
+
+
 def mismatched():
     """Two prompts of 2 and 3 tokens with others' completions, and padding."""
     place = np.arange(8)[None, :]

@@ -87,6 +87,26 @@ def test_outputs_are_zero_where_a_slot_or_a_token_is_missing(output, names):
         np.testing.assert_array_equal(np.asarray(value) != 0, expected, err_msg=name)
 
 
+def test_tokens_beyond_the_vocabulary_are_impossible_and_others_keep_their_share():
+    config = tiny_model()
+    inside = np.broadcast_to(np.arange(3, dtype=np.int32), (*TOKENS.shape, 3))
+    outside = inside + np.int32([0, 0, config.vocab_size])
+
+    def score(top_ids):
+        batch = {"tokens": jnp.asarray(TOKENS), "top_ids": jnp.asarray(top_ids)}
+        found = packed.forward(
+            *(sharp_parameters(config), model_on("d1", config), batch, packing_of()),
+            output="top_logprobs",
+        )
+        return np.asarray(found["top_logprobs"])
+
+    known, found = score(inside), score(outside)
+    np.testing.assert_array_equal(found[..., :2], known[..., :2])
+    is_there = known[..., 2] != 0
+    assert is_there.any()
+    np.testing.assert_array_equal(found[..., 2], np.where(is_there, -np.inf, 0.0))
+
+
 # -- descriptions ------------------------------------------------------------------
 
 

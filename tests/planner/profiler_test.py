@@ -104,6 +104,16 @@ def test_what_is_drawn_can_run_on_the_cluster(text):
         assert min(quantities(probe.work, probe.allocation, cluster)) >= 0
 
 
+def test_a_model_is_copied_between_strategies_that_fit_it():
+    # Four heads do not divide over eight devices, and eight do.
+    scale = dataclasses.replace(SMALL, widths=(32, 64), num_rows=(8,))
+    drawn = draw_calls(CPU, scale, np.random.default_rng(0))
+    copied = [one for one in itertools.islice(drawn, 60) if one.name.startswith("copy")]
+    assert len(copied) == 15
+    for one in copied:
+        one.make()
+
+
 def test_copies_say_what_they_take():
     by_name = {one.name.partition(" MiB ")[2]: one for one in copies(CPU, SMALL)}
     size = 2**12
