@@ -195,7 +195,7 @@ LINES = (
     _preferred("dpo_per_token", hp={"is_per_token": True}),
     _preferred("simpo", hp=SIMPO, **FROM_NOTHING),
     _preferred("orpo", "orpo", **FROM_NOTHING),
-    _preferred("kto", "kto", data="labels", batch_size=64),
+    _preferred("kto", "kto", data="labels", batch_size=64, steps=300),
     _scored("online_dpo", "online_dpo", learning_rate=3e-4),
     Line(
         name="distillation",
