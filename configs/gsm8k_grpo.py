@@ -9,7 +9,8 @@
     python -m realjax.cli.train --config=configs/gsm8k_grpo.py:debug
 
 FOLDER holds prompts.jsonl with {prompt, answer}; the answer is the final number. The
-last 256 prompts are held out. `:reward` scores by a reward model.
+last 256 prompts are held out. `:reward` scores by a reward model, and counts the exact
+answers to held-out prompts besides, as pass@1.
 
 Result of 30 steps on a CPU in float32 at commit ded2a2d, after 80 steps of
 configs/gsm8k_sft.py, with completions of at most 48 tokens: of 128 completions of 32
@@ -26,7 +27,7 @@ from realjax.functions.optimizer import OptimizerConfig
 from realjax.functions.role import RoleConfig
 from realjax.functions.score import RewardFunction
 from realjax.rl.sampling import Sampling
-from realjax.runtime.run_config import RunConfig
+from realjax.runtime.run_config import EvaluationConfig, RunConfig
 from realjax.testing import TINY
 
 EXACT = RewardFunction(fn="realjax.data.verifiers:exact_answer")
@@ -54,6 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 held_out=256,
             ),
             steps=30,
+            evaluation=EvaluationConfig(verifier=EXACT if has_model else None),
         )
     )
     config.hp = config_dict(
