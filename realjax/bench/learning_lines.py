@@ -158,6 +158,9 @@ DAPO = {
     "oversampling": 2,
 }
 
+# The score of what all begin with is a baseline that needs no group.
+REINFORCE = {"kl_coef": 0.0, "score": {"bias": 0.6}}
+
 SIMPO = {
     "has_reference": False,
     "is_per_token": True,
@@ -228,7 +231,7 @@ LINES = (
     _scored("grpo_kl_in_reward", "grpo", hp={"kl_in": "reward", "kl_estimator": "k1"}),
     _scored("grpo_k2", "grpo", hp={"kl_estimator": "k2"}),
     _scored("grpo_capped", "grpo", hp={"importance_cap": 2.0, "minibatches": 2}),
-    _scored("reinforce", "grpo", group=1, batch_size=128, hp={"kl_coef": 0.0}),
+    _scored("reinforce", "grpo", group=1, batch_size=128, hp=REINFORCE),
     _scored("rloo", group=4, batch_size=32),
     _scored("reinforce_pp", group=1, batch_size=128),
     _scored("reinforce_pp_baseline", "reinforce_pp"),

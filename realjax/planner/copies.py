@@ -135,18 +135,22 @@ def _strides(options: Layouts) -> dict[str, Array]:
     }
 
 
+PIECE_PROGRAMS = 0.1
+"""Of the launch of a program, what it takes to issue a piece of a copy."""
+
+
 class CopyWork(NamedTuple):
     """What a copy takes of the busiest device, and of the thread that issues it.
 
     Attributes:
         memory, link, network: bytes read and written, and sent over links.
-        hops: pieces that are cut, sent and joined on a node, one after another.
+        pieces: that are cut, sent and joined on a node, issued one after another.
     """
 
     memory: Any
     link: Any
     network: Any
-    hops: Any
+    pieces: Any
 
 
 def copy_work(
@@ -186,7 +190,7 @@ def copy_work(
         memory=2.0 * copy_bytes,
         link=loads.within * copy_bytes,
         network=loads.across * copy_bytes,
-        hops=num_arrays * jnp.where(is_exchange, 1, pieces * devices),
+        pieces=num_arrays * jnp.where(is_exchange, 1, pieces * devices),
     )
 
 
@@ -220,7 +224,8 @@ def copy_quantities(
         network=float(work.network) / cluster.network_bytes_per_second,
     )
     devices = min(destination.size, cluster.devices_per_node)
-    return moved.times(cluster.turns(devices)).plus(Quantities(hops=float(work.hops)))
+    issued = Quantities(programs=PIECE_PROGRAMS * float(work.pieces))
+    return moved.times(cluster.turns(devices)).plus(issued)
 
 
 def num_arrays_of(model: ModelConfig) -> int:

@@ -38,6 +38,12 @@ ADD_BYTES = 12
 # come and those that go.
 RESIDUAL_NUMBERS, CUT_NUMBERS = 10, 2
 BACKWARD_TRAFFIC = 3
+# What is kept for it, instead of computed anew, also goes into a stack of all layers
+# and out of it again: everything, or about half of it.
+KEPT_TRAFFIC = {"none": 2.0, "dots": 1.0}
+
+# Of devices that take turns on the cores of a machine, see `in_turns`.
+IDLE_TURNS = 0.2
 
 _ENGINE = Settings(slots=1)
 
@@ -163,9 +169,31 @@ def quantities(work: CallWork, allocation: Allocation, cluster: Cluster) -> Quan
     """
     model = _Model(work.model, allocation, work.itemsize)
     of_kind = _generate if work.kind == "generate" else _packed
-    # Where devices take turns, each waits for the others with all it does: products
-    # and copies, and also the rounds and launches, which threads of a core take up.
-    return of_kind(work, model, cluster).times(cluster.turns(allocation.size))
+    return in_turns(of_kind(work, model, cluster), allocation.size, cluster)
+
+
+def in_turns(found: Quantities, num_devices: int, cluster: Cluster) -> Quantities:
+    """Return what devices take that share the cores of a machine.
+
+    Each waits for the others with all it does: products and copies, and also the rounds
+    and launches, which threads of a core take up; and a core is idle where all that
+    take turns on it wait for those of another one, the fewer the more often. A program
+    on one device spreads its products over all cores, of its traffic about half, and
+    nothing else.
+
+    Args:
+        found: what one device takes on a core of its own.
+        num_devices: that work at the same time.
+        cluster: whose devices they are.
+    """
+    turns = cluster.turns(num_devices)
+    if not cluster.concurrent_devices:
+        return found
+    if num_devices > 1:
+        return found.times(max(turns, 1.0) + IDLE_TURNS)
+    return found._replace(
+        products=turns * found.products, memory=(1 + turns) / 2 * found.memory
+    )
 
 
 class _Model:
@@ -182,21 +210,23 @@ class _Model:
         is_language = config.head == "language"
         self.head = config.vocab_size * config.width if is_language else config.width
         self.embedding = config.vocab_size * config.width
-        self.stage_layers = config.num_layers / allocation.stage
+        # The stack is padded so that every stage has as many layers.
+        self.stage_layers = math.ceil(config.num_layers / allocation.stage)
+        self.num_layers = allocation.stage * self.stage_layers
         self.num_matrices = 4 + matrices
 
     @property
     def used(self) -> float:
         """Parameters that one token is multiplied with, of all layers."""
         layer = self.attention + self.top_k * self.mlp
-        return self.config.num_layers * layer + self.head
+        return self.num_layers * layer + self.head
 
     @property
     def stored(self) -> float:
         """All parameters in matrices."""
         layer = self.attention + self.num_experts * self.mlp
         tied = self.embedding if self.config.tie_embeddings else 0
-        return self.config.num_layers * layer + self.head + self.embedding - tied
+        return self.num_layers * layer + self.head + self.embedding - tied
 
     @property
     def trained(self) -> float:
@@ -215,14 +245,14 @@ class _Model:
         """Of a forward pass over some tokens that each see `context` others."""
         config = self.config
         width = config.num_heads * config.head_dim
-        scores = 4 * config.num_layers * width * context
+        scores = 4 * self.num_layers * width * context
         return num_tokens * (2 * self.used + scores)
 
     def read_bytes(self, num_tokens: float) -> float:
         """Of the parameters that a pass over some tokens reads, on one device."""
         seen = min(1.0, num_tokens * self.top_k / self.num_experts)
         layer = self.attention + seen * self.num_experts * self.mlp
-        all_layers = self.config.num_layers * layer + self.head
+        all_layers = self.num_layers * layer + self.head
         return self.itemsize * all_layers / (self.parts * self.allocation.expert)
 
     def activation_bytes(self, num_tokens: float) -> float:
@@ -296,12 +326,13 @@ def _packed(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
     again = 1.0 if work.remat in ("block", "offload") else 0.0
     if work.remat == "dots":  # All but the products with weights.
         again = 1 - model.flops(1, 0) / model.flops(1, context)
+    touched_again = 0.0 if work.remat == "none" else 1.0
     # Beside adapters there are gradients of activations and none of weights.
     products = 2 if work.model.adapters is None else 1
     # Parameters are gathered again, and sums over tensor are as in the forward pass.
     backward = forward._replace(
         products=forward.products * (products + again),
-        memory=forward.memory * (BACKWARD_TRAFFIC + again),
+        memory=forward.memory * (BACKWARD_TRAFFIC + touched_again),
         layers=forward.layers * (2 + again),
         link=forward.link * (1 + again),
         network=forward.network * (1 + again),
@@ -314,11 +345,16 @@ def _packed(work: CallWork, model: _Model, cluster: Cluster) -> Quantities:
     scattered = 4 * owned * _kept_share(allocation.fsdp)
     summed = _reduced(allocation.data, 4 * cut)
     # Gradients are added up in every tick.
-    _, ticks = _pipelined(work, allocation.stage, microbatches)
-    touched = ticks * ADD_BYTES + updates * UPDATE_BYTES
+    bubble, ticks = _pipelined(work, allocation.stage, microbatches)
+    touched = (ticks * ADD_BYTES + updates * UPDATE_BYTES) * cut
+    touched += (
+        KEPT_TRAFFIC.get(work.remat, 0.0)
+        * bubble
+        * model.activation_bytes(_padded_tokens(work, tokens, microbatches))
+    )
     rounds = (allocation.fsdp > 1) * model.stage_layers + (allocation.data > 1)
     update = Quantities(
-        memory=touched * cut / cluster.device.bytes_per_second,
+        memory=touched / cluster.device.bytes_per_second,
         hops=microbatches * model.num_matrices * rounds,
         programs=2 * updates,
     )
@@ -348,9 +384,7 @@ def _forward(
     allocation = model.allocation
     stage = allocation.stage
     passes = max(passes, 1.0)
-    if work.microbatch_tokens:
-        # All have one shape, also one that is not full.
-        tokens = passes * work.microbatch_tokens
+    tokens = _padded_tokens(work, tokens, passes)
     bubble, ticks = _pipelined(work, stage, passes)
     hidden = tokens * model.config.width * model.itemsize
     sums = 2 * model.stage_layers * _reduced(allocation.tensor, hidden)
@@ -380,6 +414,11 @@ def _forward(
         share = _kept_share(allocation.expert)
         found = found.plus(_sent(cluster, _row_span(allocation), routed * share))
     return found
+
+
+def _padded_tokens(work: CallWork, tokens: float, passes: float) -> float:
+    """Return the tokens of microbatches that all have one shape, also if not full."""
+    return passes * work.microbatch_tokens if work.microbatch_tokens else tokens
 
 
 def _pipelined(work: CallWork, stage: int, passes: float) -> tuple[float, float]:

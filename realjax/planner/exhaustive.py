@@ -86,7 +86,7 @@ def relaxed(space: Space) -> Space | None:
     if math.prod(map(len, reduced)) > MOST_RELAXED_PLANS:
         return None
     problem = space.problem._replace(
-        options=table(reduced), hop_seconds=jnp.float32(0.0)
+        options=table(reduced), piece_seconds=jnp.float32(0.0)
     )
     return dataclasses.replace(space, options=tuple(reduced), problem=problem)
 

@@ -31,7 +31,7 @@ from realjax.parallel.sharding import padded_for, parameter_shardings
 from realjax.planner.cluster import Cluster
 from realjax.planner.coefficients import Checked, Profile, fit, versions
 from realjax.planner.copies import copy_quantities, num_arrays_of
-from realjax.planner.cost import Coefficients, Kind, Quantities, quantities
+from realjax.planner.cost import Coefficients, Kind, Quantities, in_turns, quantities
 from realjax.planner.probes import Probe, Runner, make_runner, parameters_on
 from realjax.planner.stored import parameter_bytes
 from realjax.planner.strategies import range_sizes, strategies
@@ -311,7 +311,7 @@ def copies(cluster: Cluster, scale: Scale) -> Iterator[Measurable]:
         summed = Quantities(memory=touched, link=ring, hops=1.0, programs=1.0)
         yield Measurable(
             f"{text} summed over {count} devices",
-            summed.times(cluster.turns(count)),
+            in_turns(summed, count, cluster),
             lambda array=on_host: _summing(array, devices),
         )
 

@@ -98,7 +98,7 @@ class Problem(NamedTuple):
         devices_per_node: a copy between nodes goes over the network.
         num_arrays: of the parameters of each call's role.
         memory, link, network, host: seconds a byte.
-        hop_seconds: of a piece of a copy, beside its bytes.
+        piece_seconds: of a piece of a copy, beside its bytes.
         memory_bytes: of a device.
     """
 
@@ -116,7 +116,7 @@ class Problem(NamedTuple):
     link: Float[Array, ""]
     network: Float[Array, ""]
     host: Float[Array, ""]
-    hop_seconds: Float[Array, ""]
+    piece_seconds: Float[Array, ""]
     memory_bytes: Float[Array, ""]
 
 
@@ -335,7 +335,7 @@ def _copy_seconds(problem: Problem, chosen: _Chosen) -> Float[Array, "C P"]:
     devices = jnp.minimum(chosen.options.size, problem.devices_per_node)
     has_turns = problem.concurrent_devices > 0
     turns = jnp.where(has_turns, devices / problem.concurrent_devices, 1.0)
-    return seconds * turns + work.hops * problem.hop_seconds
+    return seconds * turns + work.pieces * problem.piece_seconds
 
 
 def _memory(problem: Problem, chosen: _Chosen, is_early: bool) -> Float[Array, "P"]:

@@ -22,7 +22,7 @@ from realjax.functions.function import Generate
 from realjax.functions.role import Role
 from realjax.parallel.allocation import Allocation
 from realjax.planner.cluster import Cluster
-from realjax.planner.copies import AXES, num_arrays_of
+from realjax.planner.copies import AXES, PIECE_PROGRAMS, num_arrays_of
 from realjax.planner.cost import Coefficients
 from realjax.planner.memory import Work
 from realjax.planner.options import CallOptions, Lengths, Option, Shapes, Wish
@@ -330,7 +330,7 @@ def _problem(
         link=as_float(coefficients.link / cluster.link_bytes_per_second),
         network=as_float(coefficients.network / cluster.network_bytes_per_second),
         host=as_float(coefficients.host / device.host_bytes_per_second),
-        hop_seconds=as_float(coefficients.hop_seconds),
+        piece_seconds=as_float(PIECE_PROGRAMS * coefficients.program_seconds),
         memory_bytes=as_float(device.memory_bytes),
     )
 

@@ -11,12 +11,13 @@ from realjax.planner.cluster import Cluster
 from realjax.planner.cost import CallWork, quantities
 
 CLUSTER = Cluster.load("8xh100")
+MODEL = llama.size("3.1-8b")
 
 
-def train(strategy, cluster=CLUSTER, **changes):
+def train(strategy, cluster=CLUSTER, model=MODEL, **changes):
     work = CallWork(
         kind="train",
-        model=llama.size("3.1-8b"),
+        model=model,
         num_rows=256,
         prompt_tokens=1024,
         **changes,
@@ -63,13 +64,34 @@ def test_a_pipeline_reads_its_weights_in_every_tick():
     assert train_in_pieces("d1") == train("d1", microbatch_tokens=128 * 1024)
 
 
-def test_devices_that_take_turns_take_as_many_times_as_long():
-    alone = train("d8")
+def test_devices_that_take_turns_take_as_many_times_as_long_and_wait_for_each_other():
     shared = dataclasses.replace(CLUSTER, concurrent_devices=2)
-    assert train("d8", cluster=shared) == pytest.approx(alone.times(4))
-    assert train("d2", cluster=shared) == pytest.approx(train("d2"))
-    # One has both cores.
-    assert train("d1", cluster=shared) == pytest.approx(train("d1").times(0.5))
+    for strategy, turns in (("d8", 4.2), ("t4", 2.2), ("d2", 1.2)):
+        found, alone = train(strategy, cluster=shared), train(strategy)
+        assert tuple(found) == pytest.approx(tuple(alone.times(turns)))
+
+
+def test_one_device_has_all_cores_for_its_products_and_some_of_its_traffic():
+    shared = dataclasses.replace(CLUSTER, concurrent_devices=2)
+    alone = train("d1")
+    assert train("d1", cluster=shared) == alone._replace(
+        products=alone.products / 2, memory=alone.memory * 3 / 4
+    )
+
+
+def test_stages_run_as_many_layers_as_the_longest_of_them():
+    odd = dataclasses.replace(llama.size("3.1-8b"), num_layers=5)
+    padded = dataclasses.replace(odd, num_layers=8)
+    assert train("s4", model=odd) == train("s4", model=padded)
+    assert train("d4", model=odd) != train("d4", model=padded)
+
+
+def test_what_is_kept_for_the_backward_pass_is_written_and_read():
+    kept, some, none = (train("d1", remat=name) for name in ("none", "dots", "block"))
+    assert kept.products < some.products < none.products
+    # Everything goes in and out; or half of it, and a pass is run anew; or only that.
+    assert kept.memory > none.memory
+    assert some.memory == pytest.approx(kept.memory, rel=0.05)
 
 
 def test_each_axis_sends_what_it_must():

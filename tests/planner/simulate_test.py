@@ -67,7 +67,7 @@ def problem(
         link=jnp.float32(0.1),
         network=jnp.float32(0.7),
         host=jnp.float32(0.3),
-        hop_seconds=jnp.float32(0.01),
+        piece_seconds=jnp.float32(0.01),
         memory_bytes=jnp.float32(memory),
     )
 
@@ -118,7 +118,9 @@ class Machine:
                 if one.concurrent_devices:
                     turns = min(self.of.size[call], NODE) / one.concurrent_devices
                     seconds *= turns
-                self.copies[call] = float(seconds + work.hops[call] * one.hop_seconds)
+                self.copies[call] = float(
+                    seconds + work.pieces[call] * one.piece_seconds
+                )
 
     def memory(self, is_early):
         most = 0.0
@@ -266,7 +268,7 @@ def calls_apart(places, reads=False):
         link=jnp.float32(0),
         network=jnp.float32(0),
         host=jnp.float32(0),
-        hop_seconds=jnp.float32(0),
+        piece_seconds=jnp.float32(0),
         memory_bytes=jnp.float32(100),
     )
 
@@ -387,7 +389,7 @@ def test_copies_bring_a_device_what_routes_say(num_devices, node):
         if way.kind in ("slice", "put"):
             pieces = len(way.boxes) * way.destination_holders.shape[1]
             num_nodes = -(-options[1].size // node)
-            assert work.hops == pieces / num_nodes
+            assert work.pieces == pieces / num_nodes
         loads = copy_loads(*options, jnp.asarray(node))
         found.append((float(loads.across), float(loads.within)))
     exact, found = np.array(exact), np.array(found)
