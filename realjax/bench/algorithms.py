@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli_flags.use_compilation_cache()
     lines = chosen_lines(options.algorithm)
     report: dict[str, Any] = {"environment": describe(), "seeds": options.seeds}
+    known = _known(options.known)
     console = rich.console.Console(stderr=True)
     found = []
     with contextlib.ExitStack() as opened:
@@ -79,7 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rich.progress.Progress(*columns, console=console, transient=True)
         )
         for line in bar.track(lines, description="lines"):
-            found.append(learn(line, folder, range(options.seeds), steps=options.steps))
+            one = known.get(line.name)
+            if one is None:
+                one = learn(line, folder, range(options.seeds), steps=options.steps)
+                one["commit"] = report["environment"]["commit"]
+            found.append(one)
             console.print(
                 describe_line(line, found[-1]), highlight=False, soft_wrap=True
             )
@@ -103,7 +108,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--folder", type=pathlib.Path, help="Of the tasks' files; kept.")
     add("--picture", type=pathlib.Path, help="Of all curves.")
     add("--output", type=pathlib.Path, help="Of the report, written after each line.")
+    add("--known", type=pathlib.Path, help="A report; its lines are not run again.")
     return parser.parse_args(arguments)
+
+
+def _known(path: pathlib.Path | None) -> dict[str, dict[str, Any]]:
+    """Return the lines of an earlier report by name, each with its commit."""
+    if path is None:
+        return {}
+    report = json.loads(path.read_text())
+    commit = {"commit": report["environment"]["commit"]}
+    return {line["name"]: commit | line for line in report["lines"]}
 
 
 def chosen_lines(name: str) -> list[Line]:

@@ -70,6 +70,12 @@ def test_a_line_runs_from_every_seed_with_the_same_programs(name, tmp_path, caps
     assert [[step for step, _ in curve] for curve in line["curves"]] == [[0, 1, 2]] * 2
     assert line["curves"][0] != line["curves"][1]
     assert (tmp_path / "curves.svg").stat().st_size > 0
+    # What is known is not run again.
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    assert algorithms.main([f"--algorithm={name}", f"--known={path}"]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [one for one in again["lines"] if one["name"] == name] == [line]
 
 
 @pytest.mark.parametrize(
