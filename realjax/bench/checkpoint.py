@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from realjax.bench.environment import describe
+from realjax.bench.environment import bytes_read, describe, memory_bytes
 from realjax.models import hf
 from realjax.models.byte_ranges import FLOATS
 from realjax.models.config import ModelConfig
@@ -75,23 +74,6 @@ def make_checkpoint(folder: pathlib.Path, config: ModelConfig) -> int:
         write_file(folder, planned, arrays, STORED_DTYPE)
     write_index(folder, plan, STORED_DTYPE)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def memory_bytes(field: str) -> int:
-    """A figure of this process's memory, by its name in /proc/self/status."""
-    return 1024 * _figure("status", field)
-
-
-def bytes_read() -> int:
-    """Bytes that this process has read from files so far, cached or not."""
-    return _figure("io", "rchar")
-
-
-def _figure(file: str, field: str) -> int:
-    text = pathlib.Path("/proc/self", file).read_text()
-    found = re.search(rf"{field}:\s+(\d+)", text)
-    assert found, f"This system does not tell {field}; the bench needs Linux."
-    return int(found[1])
 
 
 def measure(folder: pathlib.Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Where a figure was measured: device, processor, versions, commit."""
+"""Where a figure was measured: device, processor, versions, commit; and memory."""
 
 import pathlib
 import platform
+import re
 import subprocess
 from typing import Any
 
@@ -41,3 +42,20 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found.stdout.strip()
+
+
+def memory_bytes(field: str) -> int:
+    """A figure of this process's memory, by its name in /proc/self/status."""
+    return 1024 * _figure("status", field)
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read from files so far, cached or not."""
+    return _figure("io", "rchar")
+
+
+def _figure(file: str, field: str) -> int:
+    text = pathlib.Path("/proc/self", file).read_text()
+    found = re.search(rf"{field}:\s+(\d+)", text)
+    assert found, f"This system does not tell {field}; the bench needs Linux."
+    return int(found[1])

@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import pathlib
-import resource
 import subprocess
 import sys
 import time
@@ -28,12 +27,19 @@ _AT_A_TIME = 2**14
 _NODE = 8
 
 
-def measured(devices: Sequence[int] | None = None) -> dict[str, Any]:
-    """Measure all sizes, and how fast seconds grow."""
+def measured(
+    devices: Sequence[int] | None = None, *, num_plans: int = PLANS
+) -> dict[str, Any]:
+    """Measure all sizes, and how fast seconds grow.
+
+    Args:
+        devices: numbers of them; None is `DEVICES`.
+        num_plans: priced in each measurement.
+    """
     devices = tuple(devices or DEVICES)
-    plain = _child("import resource, jax; jax.devices(); " + _PRINT_MEMORY)
-    rows = [_measured("ppo_7_7", count, plain) for count in devices]
-    calls = [_measured(f"rewards_{n}", DEVICES_OF_CALLS, plain) for n in CALLS]
+    measure = functools.partial(_measured, plain=_child(_PLAIN), num_plans=num_plans)
+    rows = [measure("ppo_7_7", count) for count in devices]
+    calls = [measure(f"rewards_{n}", DEVICES_OF_CALLS) for n in CALLS]
     # What is fixed in a few devices' time hides how it grows: the larger half counts.
     large = rows[len(rows) // 2 - 1 :] if len(rows) > 2 else rows
     return {
@@ -59,18 +65,26 @@ def exponent(rows: Sequence[dict[str, Any]], of: str, value: str) -> float:
     return float(np.polyfit(x, y, 1)[0])
 
 
-_PRINT_MEMORY = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+# Of a process that has imported jax and nothing of this package.
+_PLAIN = """
+import jax
+jax.devices()
+(line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(1024 * int(line.split()[1]))
+"""
 
 
-def _measured(name: str, num_devices: int, plain: int) -> dict[str, Any]:
+def _measured(
+    name: str, num_devices: int, *, plain: int, num_plans: int
+) -> dict[str, Any]:
     most = next(n for n in SEARCH_SECONDS if num_devices <= n)
     seconds = SEARCH_SECONDS[most]
     code = (
         "from realjax.bench.planner_growth import one;"
-        f" one({name!r}, {num_devices}, {seconds})"
+        f" one({name!r}, {num_devices}, {seconds}, {num_plans})"
     )
     found = _child(code)
-    found["memory_gib"] = (found.pop("most_memory") - plain) / 2**20
+    found["memory_gib"] = (found.pop("most_memory") - plain) / 2**30
     shown = ("num_devices", "num_calls", "space_seconds", "price_seconds", "memory_gib")
     print(*(f"{name} {found[name]:.4g}" for name in shown), file=sys.stderr)
     return found
@@ -84,12 +98,13 @@ def _child(code: str) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def one(name: str, num_devices: int, search_seconds: float) -> None:
+def one(name: str, num_devices: int, search_seconds: float, num_plans: int) -> None:
     """Measure one size; prints JSON."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
+    from realjax.bench.environment import memory_bytes
     from realjax.bench.planner_problems import problem
     from realjax.planner.search import search
     from realjax.planner.simulate import price
@@ -105,7 +120,7 @@ def one(name: str, num_devices: int, search_seconds: float) -> None:
     look = functools.partial(price, space.problem, plans)
     jax.block_until_ready(look())  # Compiles.
     begin = time.perf_counter()
-    for _ in range(PLANS // _AT_A_TIME):
+    for _ in range(num_plans // _AT_A_TIME):
         jax.block_until_ready(look())
     priced = time.perf_counter() - begin
     begin = time.perf_counter()
@@ -118,12 +133,12 @@ def one(name: str, num_devices: int, search_seconds: float) -> None:
                 "num_calls": len(space.names),
                 "options": [len(options) for options in space.options],
                 "space_seconds": built,
-                "price_seconds": priced * 2**20 / PLANS,
+                "price_seconds": priced * 2**20 / num_plans,
                 "search_seconds": search_seconds,
                 "with_compilation_seconds": searched,
                 "seconds_of_a_step": found.seconds,
                 "seconds_until_within_1_percent": _until_near(found),
-                "most_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+                "most_memory": memory_bytes("VmHWM"),
             }
         )
     )

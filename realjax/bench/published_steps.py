@@ -39,8 +39,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from realjax.algorithms import ppo
@@ -266,7 +264,7 @@ def space_of(
         microbatch_tokens=half if is_real else MICROBATCH_TOKENS * step.gpus,
         rules=rules,
     )
-    return _rounded(space)
+    return space
 
 
 def reals_space(step: PublishedStep, coefficients: Coefficients) -> Space:
@@ -291,17 +289,7 @@ def reals_space(step: PublishedStep, coefficients: Coefficients) -> Space:
             shapes[size] = tuple(sorted(priced, key=lambda option: option.seconds))
         found.append(dataclasses.replace(options, shapes=shapes))
     problem = space.problem._replace(options=table(found))
-    return _rounded(dataclasses.replace(space, options=tuple(found), problem=problem))
-
-
-def _rounded(space: Space) -> Space:
-    """Fill tables of options up to a power of two: one program then serves many."""
-    count = space.problem.options.seconds.shape[1]
-    more = (1 << (count - 1).bit_length()) - count
-    # What fills up is never looked at.
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, more)), constant_values=1)
-    options = jax.tree.map(pad, space.problem.options)
-    return dataclasses.replace(space, problem=space.problem._replace(options=options))
+    return dataclasses.replace(space, options=tuple(found), problem=problem)
 
 
 @dataclasses.dataclass(frozen=True)

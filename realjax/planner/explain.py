@@ -100,9 +100,10 @@ def alternatives(space: Space, plan: Sequence[int], name: str) -> list[Alternati
         seconds[numbers], memory[numbers] = found.seconds, found.memory_bytes
     is_over = memory > float(space.problem.memory_bytes)
     order = np.lexsort((np.where(is_over, memory, seconds), is_over))
-    table = space.problem.options
+    numbers = np.broadcast_to(np.arange(count), (len(space.names), count))
+    table = space.problem.options.of(jnp.asarray(numbers, jnp.int32))
     columns = (table.start, table.size, *(getattr(table, axis) for axis in AXES))
-    places = np.stack([np.asarray(column[index, :count]) for column in columns], axis=1)
+    places = np.stack([np.asarray(column[index]) for column in columns], axis=1)
     # The first of each allocation, in order.
     firsts = np.sort(np.unique(places[order], axis=0, return_index=True)[1])
     return [

@@ -13,7 +13,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -160,17 +160,28 @@ class CallOptions(Sequence[Option]):
         index, shape = divmod(number - first, len(self.shapes[size]))
         return self.shapes[size][shape].on(self.places[place + index])
 
-    def column(self, value, dtype: Any = np.float32) -> np.ndarray:
-        """Return a number of every option that does not depend on its devices.
+    @functools.cached_property
+    def different(self) -> tuple[Option, ...]:
+        """All shapes, in the order of their sizes' ranges."""
+        return tuple(o for size, _, _ in self.sizes for o in self.shapes[size])
+
+    def least(self, value: Callable[[Option], float]) -> int:
+        """Return the number of the first option with the least of some value.
 
         Args:
-            value: gives it of a shape.
-            dtype: of the numbers.
+            value: of an option, the same on all ranges of a size.
         """
-        parts = []
+        values = np.array([value(option) for option in self.different])
+        return int(np.argmax(self.columns() == np.argmin(values)))
+
+    def columns(self) -> np.ndarray:
+        """Return for every option which of the different shapes it has."""
+        parts, before = [np.zeros(0, np.int32)], 0
         for size, of_size in itertools.groupby(self.places, key=lambda place: place[1]):
-            numbers = np.array([value(option) for option in self.shapes[size]], dtype)
+            count = len(self.shapes[size])
+            numbers = np.arange(before, before + count, dtype=np.int32)
             parts.append(np.tile(numbers, len(list(of_size))))
+            before += count
         return np.concatenate(parts)
 
     def starts(self) -> np.ndarray:

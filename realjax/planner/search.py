@@ -186,8 +186,9 @@ def _first_plans(
     """Return a plan for each chain: those given, the fastest options, random ones."""
     generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     columns = []
-    for call, options in enumerate(space.options):
-        seconds = np.asarray(space.problem.options.seconds[call, : len(options)])
+    for options in space.options:
+        seconds = np.array([option.seconds for option in options.different])
+        seconds = seconds[options.columns()]
         by_speed = np.argsort(seconds, kind="stable")
         # Mostly fast ones: the square of a uniform number.
         drawn = generator.random(CHAINS) ** 2 * len(options)

@@ -41,14 +41,22 @@ STEPS = 4
 """Steps that are simulated, of which the last two count."""
 
 FEWEST = 256
-"""Plans that are simulated at a time."""
+"""Plans that are simulated at a time, at least."""
+
+PAIRS_AT_A_TIME = 100_000
+"""Pairs of calls, of all plans that are simulated at a time: a table of them stays in a
+core's cache."""
 
 
 class Options(NamedTuple):
     """What every option of every call is and takes; C calls of at most O options.
 
+    What does not depend on where an option's devices begin is the same for many, and
+    stands once: in one of at most S columns.
+
     Attributes:
-        start, size: its range of devices.
+        start: the first of its range of devices.
+        size: devices of that.
         tensor, expert, fsdp, stage: parts that its parameters are cut into.
         seconds: of the call, without copies.
         static_bytes: that its devices hold at all times because of it.
@@ -59,21 +67,32 @@ class Options(NamedTuple):
         reload_seconds: until what the call itself needs of its role is back from host
             memory.
         offload_seconds: until what it has changed is in host memory.
+        column: where all but `start` stand of an option.
     """
 
     start: Int[Array, "C O"]
-    size: Int[Array, "C O"]
-    tensor: Int[Array, "C O"]
-    expert: Int[Array, "C O"]
-    fsdp: Int[Array, "C O"]
-    stage: Int[Array, "C O"]
-    seconds: Float[Array, "C O"]
-    static_bytes: Float[Array, "C O"]
-    working_bytes: Float[Array, "C O"]
-    copy_bytes: Float[Array, "C O"]
-    parked_bytes: Float[Array, "C O"]
-    reload_seconds: Float[Array, "C O"]
-    offload_seconds: Float[Array, "C O"]
+    size: Int[Array, "C S"]
+    tensor: Int[Array, "C S"]
+    expert: Int[Array, "C S"]
+    fsdp: Int[Array, "C S"]
+    stage: Int[Array, "C S"]
+    seconds: Float[Array, "C S"]
+    static_bytes: Float[Array, "C S"]
+    working_bytes: Float[Array, "C S"]
+    copy_bytes: Float[Array, "C S"]
+    parked_bytes: Float[Array, "C S"]
+    reload_seconds: Float[Array, "C S"]
+    offload_seconds: Float[Array, "C S"]
+    column: Int[Array, "C O"]
+
+    def of(self, plans: Int[Array, "C P"]) -> "Options":
+        """Return those of plans, by the number of each call's option; all [C, P]."""
+        pick = lambda x, numbers: jnp.take_along_axis(x, numbers, 1)
+        column = pick(self.column, plans)
+        of_shapes = self._asdict()
+        start, _ = of_shapes.pop("start"), of_shapes.pop("column")
+        found = {name: pick(x, column) for name, x in of_shapes.items()}
+        return Options(start=pick(start, plans), column=column, **found)
 
     @property
     def layouts(self) -> Layouts:
@@ -152,7 +171,7 @@ def price(problem: Problem, plans: Int[Array, "P C"]) -> Priced:
     count = len(plans)
     # Few are as many as FEWEST, so that one program serves.
     more = jnp.zeros((max(FEWEST - count, 0), plans.shape[1]), plans.dtype)
-    found = _price(problem, jnp.concatenate([plans, more]))
+    found = _price_all(problem, jnp.concatenate([plans, more]))
     return jax.tree.map(lambda x: x[:count], found)
 
 
@@ -172,6 +191,18 @@ def price_all(problem: Problem, plans: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 @jax.jit
+def _price_all(problem: Problem, plans: Int[Array, "P C"]) -> Priced:
+    count, num_calls = plans.shape
+    fitting = PAIRS_AT_A_TIME // num_calls**2
+    block = max(FEWEST, 1 << (fitting.bit_length() - 1))
+    if count <= block:
+        return _price(problem, plans)
+    more = jnp.zeros((-count % block, num_calls), plans.dtype)
+    blocks = jnp.concatenate([plans, more]).reshape(-1, block, num_calls)
+    found = jax.lax.map(functools.partial(_price, problem), blocks)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)
+
+
 def _price(problem: Problem, plans: Int[Array, "P C"]) -> Priced:
     # Below, plans are the last axis: what is said of a call is a row.
     chosen = _choose(problem, plans.T)
@@ -214,7 +245,7 @@ class _Chosen(NamedTuple):
 
 def _choose(problem: Problem, plans: Int[Array, "C P"]) -> _Chosen:
     calls = jnp.arange(len(plans))
-    options = Options(*(jnp.take_along_axis(x, plans, 1) for x in problem.options))
+    options = problem.options.of(plans)
     home = jax.tree.map(lambda x: x[problem.home], options)
     stop = options.start + options.size
     meets = (options.start[:, None] < stop[None]) & (
@@ -349,6 +380,10 @@ def _memory(problem: Problem, chosen: _Chosen, is_early: bool) -> Float[Array, "
     options, count = chosen.options, len(chosen.last)
     stop = options.start + options.size
     made = jnp.where(chosen.makes, options.copy_bytes, 0.0)
+    numbers = jnp.arange(count)
+    # Those who share a copy lie alike: what call j is the last to use.
+    ended = jnp.where(chosen.last[:, None] == numbers[None, :, None], made[:, None], 0)
+    ended = ended.sum(0)
     parked = jnp.where(chosen.makes, chosen.home.parked_bytes, 0.0)
     # around[i, j]: the range of call j contains that of call i.
     around = (options.start[None] <= options.start[:, None]) & (
@@ -357,16 +392,44 @@ def _memory(problem: Problem, chosen: _Chosen, is_early: bool) -> Float[Array, "
     static = jnp.where(around, options.static_bytes[None], 0.0).sum(1)
     working = jnp.where(around, options.working_bytes[None], 0.0)
     copying = jnp.where(around[:, problem.home], parked[None], 0.0)
-    of_copies = jnp.where(around, made[None], 0.0)
-    calls = jnp.arange(count)[:, None]
-    first = jnp.where(chosen.beside, problem.home[:, None], calls)
-    most = jnp.zeros_like(static[0])
-    for moment in range(count):
+    most, copies = jnp.zeros_like(static[0]), jnp.zeros_like(static)
+    if not is_early:
+        before = _not_yet(problem, chosen, jnp.where(around, made[None], 0.0))
+    for moment in reversed(range(count)):
         # Copies that are there while this call runs.
-        is_there = chosen.last >= moment
+        copies = copies + jnp.where(around[:, moment], ended[moment], 0.0)
+        held = static + copies
         if not is_early:
-            is_there &= first <= moment
-        held = static + jnp.where(is_there[None], of_copies, 0.0).sum(1)
+            held -= before[moment]
         held += jnp.maximum(working[:, moment], copying[:, moment])
         most = jnp.maximum(most, held.max(0))
     return most
+
+
+def _not_yet(
+    problem: Problem, chosen: _Chosen, of_copies: Float[Array, "C C P"]
+) -> list[Float[Array, "C P"]]:
+    """Return by moment the bytes of copies that are made later, on each call's devices.
+
+    Args:
+        problem: calls.
+        chosen: plans.
+        of_copies: bytes on the devices of call i of the copy that call j makes.
+    """
+    count = len(of_copies)
+    numbers = jnp.arange(count)
+    found, later = [], jnp.zeros_like(of_copies[0])
+    for moment in reversed(range(count)):
+        found.append(later)
+        later = later + of_copies[:, moment]
+
+    def without(found: list[Array]) -> list[Array]:
+        # One beside the training is made before it, where its role lives.
+        of_ahead = jnp.where(chosen.beside[None], of_copies, 0.0)
+        is_between = lambda m: (problem.home[:, None] <= m) & (numbers[:, None] > m)
+        return [
+            x - jnp.where(is_between(moment)[None], of_ahead, 0.0).sum(1)
+            for moment, x in enumerate(found)
+        ]
+
+    return jax.lax.cond(problem.is_ahead.any(), without, lambda x: x, found[::-1])

@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from realjax.core.arrays import Array
 from realjax.dataflow.graph import DataflowGraph
 from realjax.dataflow.plan import CallPlan, ExecutionPlan, planned
 from realjax.functions.function import Generate
@@ -337,18 +338,22 @@ def _problem(
 
 def table(found: Sequence[CallOptions]) -> Options:
     """Write the options of all calls as arrays; short rows are filled up with zeros."""
-    # One of few lengths, so that compiled searches serve again.
-    most = 1 << (max(map(len, found)) - 1).bit_length()
+
+    def rows(of_calls: Sequence[np.ndarray]) -> Array:
+        # One of few lengths, so that compiled searches serve again.
+        most = 1 << (max(map(len, of_calls)) - 1).bit_length()
+        padded = np.zeros((len(of_calls), most), of_calls[0].dtype)
+        for row, values in zip(padded, of_calls, strict=True):
+            row[: len(values)] = values
+        return jnp.asarray(padded)
 
     def column(value, dtype: Any = np.float32):
-        rows = [options.column(value, dtype) for options in found]
-        return jnp.asarray([np.pad(row, (0, most - len(row))) for row in rows])
+        return rows([np.array([*map(value, o.different)], dtype) for o in found])
 
-    starts = [np.pad(o.starts(), (0, most - len(o))) for o in found]
     # At least 1: what fills up is divided by, though never looked at.
     size = lambda of: jnp.maximum(column(of, np.int32), 1)
     return Options(
-        start=jnp.asarray(np.stack(starts)),
+        start=rows([options.starts() for options in found]),
         size=size(lambda option: option.allocation.size),
         **{
             axis: size(lambda option, axis=axis: getattr(option.allocation, axis))
@@ -361,6 +366,7 @@ def table(found: Sequence[CallOptions]) -> Options:
         parked_bytes=column(lambda option: option.parked_bytes),
         reload_seconds=column(lambda option: option.reload_seconds),
         offload_seconds=column(lambda option: option.offload_seconds),
+        column=rows([options.columns() for options in found]),
     )
 
 

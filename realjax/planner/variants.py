@@ -9,6 +9,7 @@ host memory.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from realjax.planner.simulate import price_all
@@ -52,8 +53,6 @@ def best_variants(
     if starts is None:
         starts = [[numbers[0] for numbers in one] for one in choices]
     plans, limit = np.array(starts), float(space.problem.memory_bytes)
-    parked = np.asarray(space.problem.options.parked_bytes) > 0
-    calls = np.arange(plans.shape[1])
     for _ in range(_ROUNDS):
         whose, changed = [], []
         for index, one in enumerate(choices):
@@ -65,7 +64,8 @@ def best_variants(
                     changed.append(plan)
         together = np.stack(changed)
         seconds, memory = price_all(space.problem, together)
-        seconds = seconds * (1 + PARKED_SHARE * parked[calls, together].sum(1))
+        is_parked = space.problem.options.of(jnp.asarray(together.T)).parked_bytes > 0
+        seconds = seconds * (1 + PARKED_SHARE * np.asarray(is_parked.sum(0)))
         # What fits comes before what does not; then less, of seconds or of bytes.
         fits = memory <= limit
         order = np.lexsort((np.where(fits, seconds, memory), ~fits, whose))

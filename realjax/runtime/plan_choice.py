@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from realjax.dataflow.account import Account, DoesNotFitError
 from realjax.dataflow.graph import DataflowGraph
@@ -452,8 +451,7 @@ def _searched(
         return numbers, fitted(numbers)[0]
     # The least that every call can do with, whatever the time.
     needs = lambda option: option.static_bytes + option.working_bytes
-    least = (int(np.argmin(options.column(needs))) for options in space.options)
-    numbers = tuple(least)
+    numbers = tuple(options.least(needs) for options in space.options)
     plan, account = fitted(numbers)
     if account is not None:
         account.check()  # Says which step of the schedule takes what.

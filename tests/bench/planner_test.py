@@ -45,10 +45,10 @@ def test_short_searches_are_compared_with_long_ones(capsys, tmp_path):
 def test_growth_is_measured_and_drawn(monkeypatch, tmp_path):
     monkeypatch.setattr(planner_growth, "CALLS", (6, 7))
     monkeypatch.setattr(planner_growth, "DEVICES_OF_CALLS", 8)
-    growth = planner_growth.measured([8, 16])
+    growth = planner_growth.measured([8, 16], num_plans=2**14)
     assert [row["num_devices"] for row in growth["devices"]] == [8, 16]
     assert [row["num_calls"] for row in growth["calls"]] == [6, 7]
-    assert all(row["memory_gib"] > 0 for row in growth["devices"])
+    assert all(0 < row["memory_gib"] < 2 for row in growth["devices"])
     planner_growth.draw(growth, tmp_path / "growth.svg")
     assert "<svg" in (tmp_path / "growth.svg").read_text()
 

@@ -41,6 +41,7 @@ def problem(
         parked_bytes=some(),
         reload_seconds=some(),
         offload_seconds=some(),
+        column=jnp.broadcast_to(jnp.arange(num_options), shape),
     )
     home = [generator.integers(0, index + 1) for index in range(num_calls)]
     home = [home[h] for h in home]  # A home is its own.
@@ -252,6 +253,7 @@ def calls_apart(places, reads=False):
         parked_bytes=zeros,
         reload_seconds=zeros,
         offload_seconds=zeros,
+        column=jnp.zeros((2, 1), jnp.int32),
     )
     return Problem(
         options=options,
